@@ -1,0 +1,124 @@
+"""Rows to batches: dynamic padding, length buckets, a fair share for each rank.  B rows, T tokens."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from lora_gpt2.data.jsonl import Row
+
+PAD = 0
+"""The published implementation pads with token 0; behind every real token, it is never read."""
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor
+    """(B, T) the row without its last token, right-padded."""
+    labels: Tensor
+    """(B, T) the row without its first token."""
+    mask: Tensor
+    """(B, T) true where the label counts: completion tokens, or every real one (jlm)."""
+    rows: Tensor
+    """(B,) row numbers in the file."""
+
+
+class EncodedRows(Dataset[Batch]):
+    """All rows of a split in flat arrays, indexed by lists of row numbers: one index, one batch.
+
+    `seq_len` cuts rows (context and completion together); ``cut`` counts those that lost tokens and
+    ``lost`` those of them that kept no completion token.
+    """
+
+    def __init__(self, rows: Iterable[Row], seq_len: int, every_token: bool = False) -> None:
+        self.every_token = every_token
+        self.cut = self.lost = 0
+        tokens: list[int] = []
+        ends, contexts = [0], []
+        for row in rows:
+            ids = row.context + row.completion
+            self.cut += len(ids) > seq_len
+            self.lost += len(row.context) >= seq_len
+            tokens.extend(ids[:seq_len])
+            ends.append(len(tokens))
+            contexts.append(min(len(row.context), seq_len))
+        self.tokens = torch.tensor(tokens, dtype=torch.int32)
+        self.ends = torch.tensor(ends)
+        self.contexts = torch.tensor(contexts)
+
+    def __len__(self) -> int:
+        return len(self.contexts)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(rows,) tokens of each row after cutting."""
+        return self.ends.diff()
+
+    def __getitem__(self, rows: Sequence[int]) -> Batch:
+        index = torch.as_tensor(rows)
+        starts, lengths = self.ends[index], self.lengths[index]
+        columns = torch.arange(int(lengths.max()))
+        real = columns < lengths[:, None]  # (B, T + 1)
+        places = (starts[:, None] + columns).clamp(max=len(self.tokens) - 1)
+        ids = torch.where(real, self.tokens[places].long(), PAD)
+        counts = real[:, 1:]
+        if not self.every_token:
+            counts = counts & (columns[1:] >= self.contexts[index, None])
+        return Batch(ids[:, :-1], ids[:, 1:], counts, index)
+
+
+class LengthBuckets(Sampler[list[int]]):
+    """Lists of row numbers, each row once an epoch over all ranks together, like lengths side by side.
+
+    Rows are shuffled, cut into buckets of `bucket` batches, sorted by length inside a bucket, cut into
+    batches, and the batches shuffled again. Every rank gets the same number of batches, as gradient
+    exchange needs: the sizes then differ by one row at most and none exceeds `batch_size`. The order
+    depends on `seed` and the epoch alone. `bucket` 0 turns sorting off; without `shuffle` rows come
+    longest first and ranks may differ by one batch.
+    """
+
+    def __init__(
+        self,
+        lengths: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        bucket: int = 100,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.lengths, self.batch_size, self.shuffle = lengths, batch_size, shuffle
+        self.seed, self.bucket, self.rank, self.ranks = seed, bucket, rank, ranks
+        self.epoch = self.start = 0
+        batches = -(-len(lengths) // batch_size)
+        self.batches = -(-batches // ranks) * ranks if shuffle else batches
+        if shuffle and self.batches > len(lengths):
+            raise ValueError(f"{len(lengths)} rows are too few for {ranks} devices")
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self.batches, self.ranks)) - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        mine = self._batches()[self.rank :: self.ranks]
+        start, self.start = self.start, 0
+        yield from mine[start:]
+
+    def _batches(self) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        n = len(self.lengths)
+        bounds = [i * n // self.batches for i in range(self.batches + 1)]
+        if not self.shuffle:
+            order = torch.sort(self.lengths, descending=True, stable=True).indices
+            return [order[a:b].tolist() for a, b in pairwise(bounds)]
+        order = torch.randperm(n, generator=generator)
+        if self.bucket:
+            parts = torch.split(order, self.bucket * self.batch_size)
+            order = torch.cat([part[self.lengths[part].sort(stable=True).indices] for part in parts])
+        batches = [order[a:b].tolist() for a, b in pairwise(bounds)]
+        return [batches[i] for i in torch.randperm(self.batches, generator=generator).tolist()]

@@ -1,0 +1,57 @@
+"""The group `data`: which corpus, where it lies, how it becomes batches."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Corpus(str, Enum):
+    """The corpora that can be encoded, and `jsonl` for rows that are."""
+
+    demo = "demo"
+    demo_base = "demo_base"
+    e2e = "e2e"
+    webnlg = "webnlg"
+    dart = "dart"
+    jsonl = "jsonl"
+
+
+class Objective(str, Enum):
+    """Where the loss is taken."""
+
+    clm = "clm"
+    jlm = "jlm"
+
+
+@dataclass
+class DataSettings:
+    corpus: Corpus
+    """demo, demo_base, e2e, webnlg, dart, or jsonl."""
+    root: str | None = None
+    """Folder of the raw corpus, or of encoded files; not needed for demo."""
+    tokenizer: str | None = None
+    """gpt2, a hub name, a folder with the BPE files, or corpus:SIZE to train one on the train split;
+    null: the one that the base or the adapter was made with, else gpt2."""
+    cache: str = "~/.cache/lora-gpt2"
+    """Where encoded corpora are kept, by the hash of their content."""
+    objective: Objective = Objective.clm
+    """clm: loss on the completion; jlm: on every token."""
+    seq_len: int = 512
+    """Rows are cut to this many tokens."""
+    batch_size: int = 8
+    """Rows of a training batch, on each device."""
+    eval_batch_size: int = 32
+    """Rows of a validation batch, on each device."""
+    bucket: int = 100
+    """Batches among which rows are sorted by length; 0: no sorting."""
+    workers: int = 0
+    """Processes that prepare batches; 0: the training process itself."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size", "eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("bucket", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} must be at least 0, not {getattr(self, name)}")
+        if self.root is None and self.corpus not in (Corpus.demo, Corpus.demo_base):
+            raise ValueError(f"data.root is missing: set it to the folder of the {self.corpus.value} files")

@@ -1,0 +1,153 @@
+"""The two experiments, step by step in the order in which data flows. Only wires."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Trainer, seed_everything
+from torch.utils.data import DataLoader
+
+from lora_gpt2 import runs
+from lora_gpt2.data.batches import LengthBuckets
+from lora_gpt2.data.jsonl import TextRow, read_text_rows
+from lora_gpt2.data.module import DataToText
+from lora_gpt2.decoding.predictions import (
+    Decoding,
+    PartWriter,
+    Queries,
+    Query,
+    merge_parts,
+    write_predictions,
+)
+from lora_gpt2.errors import UserError
+from lora_gpt2.evaluation import text_files
+from lora_gpt2.evaluation.scorer import score_by_part, score_e2e, scores_as_dict
+from lora_gpt2.files import write_json
+from lora_gpt2.model.config import GPT2Config, gpt2_config
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.reporting import screen
+from lora_gpt2.settings import GenerateSettings, TrainSettings
+from lora_gpt2.training.module import LanguageModeling
+from lora_gpt2.weights.store import base_hash
+
+
+def train(settings: TrainSettings, folder: Path) -> float | None:
+    """Trains and leaves the weights in `folder`; returns the lowest validation loss, if one was taken."""
+    seed_everything(settings.seed, workers=True, verbose=False)
+    data = DataToText(settings.data, runs.tokenizer_of(settings.base), settings.seed)
+    config = _config(settings, data)
+    screen.corpus(data.meta)
+    if settings.dry_run:
+        with torch.device("meta"):
+            screen.model(settings.model.name, GPT2LMModel(config))
+        return None
+    data.load(config.n_positions)
+    screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
+    model = runs.build_base(config, settings.base, settings.model.name, data.tokenizer.sha256, settings.seed)
+    module = LanguageModeling(
+        model,
+        settings.optimizer,
+        settings.label_smoothing,
+        base_sha256=base_hash(model) if settings.lora.rank else "",
+    )
+    screen.model(settings.model.name, model)
+    trainer = _trainer(settings.trainer, settings.callbacks, settings.logger, folder)
+    trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
+    loss = runs.keep_weights(trainer, module, settings.keep, folder)
+    if trainer.is_global_zero:
+        runs.save(
+            folder, module, settings, data.tokenizer, {"steps": trainer.global_step, "valid_loss": loss}
+        )
+        screen.artefacts(folder)
+    return loss
+
+
+def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
+    """Decodes a split into `folder` and scores it; returns what scores.json holds, None on other ranks."""
+    seed_everything(settings.seed, workers=True, verbose=False)
+    data = DataToText(settings.data, runs.tokenizer_of(settings.adapter or settings.base), settings.seed)
+    model = runs.load(settings, data.tokenizer.sha256)
+    queries = _queries(settings, data, model.config)
+    screen.queries(settings.split, queries)
+    end_tokens = settings.decoding.end_tokens or data.tokenizer.end_tokens
+    callbacks = {"writer": PartWriter(folder), **settings.callbacks}
+    trainer = _trainer(settings.trainer, callbacks, {}, folder)
+    loader = _query_loader(queries, settings.decoding.batch_size, trainer)
+    trainer.predict(Decoding(model.eval(), settings.decoding, end_tokens), loader, return_predictions=False)
+    trainer.strategy.barrier()
+    if not trainer.is_global_zero:
+        return None
+    hypotheses = merge_parts(folder, trainer.world_size, len(queries))
+    texts = [data.tokenizer.clean(hypothesis.tokens) for hypothesis in hypotheses]
+    write_predictions(
+        folder / "predictions.jsonl", queries.of_row, hypotheses, texts, settings.decoding.eval_len
+    )
+    return _evaluate(folder, data, settings.split, queries, texts)
+
+
+def _config(settings: TrainSettings, data: DataToText) -> GPT2Config:
+    try:
+        return gpt2_config(settings.model, settings.lora, data.tokenizer.vocab_size)
+    except ValueError as error:
+        raise UserError("model, lora", str(error), "change the settings named") from None
+
+
+def _trainer(
+    arguments: dict[str, Any], callbacks: dict[str, Any], logger: dict[str, Any], folder: Path
+) -> Trainer:
+    built = [_build(callback, dirpath=str(folder / "checkpoints")) for callback in callbacks.values()]
+    log = _build(logger, save_dir=str(folder), name="", version="") if logger else False
+    return instantiate(arguments, default_root_dir=str(folder), callbacks=built, logger=log)
+
+
+def _build(node: Any, **where: str) -> Any:
+    """An object from its `_target_`; of `where`, those places that it takes and that are not set."""
+    if not isinstance(node, dict):
+        return node
+    taken = {name: value for name, value in where.items() if name in runs.parameters(node["_target_"])}
+    return instantiate({**taken, **node})
+
+
+def _queries(settings: GenerateSettings, data: DataToText, config: GPT2Config) -> Queries:
+    longest = min(settings.data.seq_len, config.n_positions) - settings.decoding.eval_len
+    if longest < 1:
+        what = f"{settings.decoding.eval_len} leaves no room for a context"
+        raise UserError(
+            "decoding.eval_len", what, "make it smaller than data.seq_len and the model's positions"
+        )
+    rows = data.rows(settings.split, config.n_positions)
+    queries = Queries((row.context for row in rows), longest)
+    if settings.limit:
+        queries.limit(settings.limit)
+    return queries
+
+
+def _query_loader(queries: Queries, batch_size: int, trainer: Trainer) -> DataLoader[list[Query]]:
+    lengths = torch.tensor([len(context) for context in queries.contexts])
+    batches = LengthBuckets(
+        lengths, batch_size, shuffle=False, rank=trainer.global_rank, ranks=trainer.world_size
+    )
+    return DataLoader(queries, sampler=batches, batch_size=None)
+
+
+def _evaluate(
+    folder: Path, data: DataToText, split: str, queries: Queries, texts: list[str]
+) -> dict[str, Any]:
+    """Writes hypotheses, references and scores of the decoded contexts; shows the scores."""
+    rows: list[TextRow] = list(read_text_rows(data.folder / f"{split}.text.jsonl"))
+    references: list[list[str]] = [[] for _ in texts]
+    parts = [""] * len(texts)
+    for number, row in zip(queries.of_row, rows, strict=False):
+        references[number].append(row.completion.strip())
+        parts[number] = row.part
+    text_files.write_predictions(folder / "hypotheses.txt", texts)
+    text_files.write_references(folder / "references.txt", references)
+    if data.meta["corpus"] in ("webnlg", "dart"):
+        scores = {part: scores_as_dict(s) for part, s in score_by_part(texts, references, parts).items()}
+    else:
+        scores = scores_as_dict(score_e2e(texts, references))
+    write_json(folder / "scores.json", scores)
+    screen.scores(scores)
+    screen.artefacts(folder)
+    return scores

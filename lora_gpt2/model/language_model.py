@@ -1,0 +1,132 @@
+"""GPT-2 with its tied head: the documented `GPT2LMModel`.  B rows, T tokens, C = n_embd, V vocabulary."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.keys import canonical, check_keys
+from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.loss import CompletionLoss, batch_loss, completion_loss, row_accuracy, token_loss
+from lora_gpt2.model.transformer import Conv1D, GPT2Model
+
+
+class GPT2LMHead(nn.Module):
+    """Hidden states (B, T, C) to logits (B, T, V) by the token embedding's own weights (V, C)."""
+
+    def __init__(self, model_embeddings_weights: Tensor, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
+        self.set_embeddings_weights(model_embeddings_weights)
+
+    def set_embeddings_weights(self, model_embeddings_weights: Tensor) -> None:
+        self.decoder.weight = cast(nn.Parameter, model_embeddings_weights)
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.decoder(hidden_state)
+
+
+class GPT2LMModel(nn.Module):
+    """A GPT-2 language model whose attention may carry LoRA.
+
+    Fresh weights follow GPT-2: normal with `initializer_range`, biases 0, LayerNorms 1 and 0. The base is
+    drawn before the update, so one seed gives one base whatever the rank.
+    """
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.config = config
+        with torch.random.fork_rng(devices=[]):  # constructors draw values that init_weights replaces
+            self.transformer = GPT2Model(config)
+        self.lm_head = GPT2LMHead(self.transformer.wte.weight, config)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws every weight anew from torch's global generator."""
+        std = self.config.initializer_range
+        for module in self.modules():
+            if isinstance(module, nn.Embedding | Conv1D | MergedLinear):
+                nn.init.normal_(module.weight, std=std)
+            if isinstance(module, Conv1D | MergedLinear):
+                nn.init.zeros_(module.bias)
+        for layer in self.lora_layers():
+            layer.reset_lora()
+
+    def set_tied(self) -> None:
+        """Makes head and token embedding one tensor again."""
+        self.lm_head.set_embeddings_weights(self.transformer.wte.weight)
+
+    def lora_layers(self) -> list[MergedLinear]:
+        """The layers that carry an update, first block first; empty at rank 0."""
+        return [module for module in self.modules() if isinstance(module, MergedLinear) and module.enabled]
+
+    def train_only_lora(self) -> None:
+        """Freezes everything but the LoRA matrices."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("lora_" in name.rpartition(".")[2])
+
+    def merge(self) -> None:
+        for layer in self.lora_layers():
+            layer.merge()
+
+    def unmerge(self) -> None:
+        for layer in self.lora_layers():
+            layer.unmerge()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        lm_labels: Tensor | None = None,
+        lm_mask: Tensor | None = None,
+        past: Sequence[Tensor] | None = None,
+        len_past: Tensor | None = None,
+        label_smooth: float = 0.0,
+        is_report_accuracy: bool = False,
+    ) -> tuple[Any, ...]:
+        """The published implementation's call.
+
+        `input_ids`, `lm_labels`, `lm_mask` are (B, T). Returns
+
+        * (logits (B, T, V), presents) without labels; `past` and `len_past` as in `GPT2Model.forward`;
+        * (logits, loss) with labels: label-smoothed, averaged over `lm_mask` (default: everywhere);
+        * (logits, loss, t1_acc (B,), all_acc (B,)) with `is_report_accuracy`.
+        """
+        hidden, presents = self.transformer(input_ids, past=past, len_past=len_past)
+        logits = self.lm_head(hidden)
+        if lm_labels is None:
+            return logits, presents
+        mask = torch.ones_like(lm_labels, dtype=torch.float) if lm_mask is None else lm_mask.float()
+        losses = token_loss(logits.flatten(0, 1), lm_labels.flatten(), label_smooth)
+        loss = batch_loss(losses, mask.flatten())
+        if not is_report_accuracy:
+            return logits, loss
+        accuracy = row_accuracy(logits.argmax(dim=-1) == lm_labels, mask)
+        return logits, loss, accuracy.first, accuracy.all
+
+    def completion_loss(
+        self, input_ids: Tensor, labels: Tensor, mask: Tensor, label_smooth: float = 0.0
+    ) -> CompletionLoss:
+        """Loss and accuracies of a batch, (B, T) each, with the head run on the target positions alone."""
+        hidden = self.transformer.hidden_states(input_ids)
+        logits = self.lm_head(hidden[mask.bool()])  # (N, V)
+        return completion_loss(logits, labels, mask, label_smooth)
+
+    def load_weight(self, state_dict: Mapping[str, Any]) -> None:
+        """Loads a base, an update, or both, in any of the published layouts (see `lora_gpt2.model.keys`).
+
+        Each of the two must be whole: all base weights or none, all LoRA matrices or none.
+        Raises ValueError listing what is missing, unexpected or misshapen; nothing is loaded then.
+        """
+        tensors = canonical(state_dict)
+        own = self.weights()
+        check_keys(own, tensors)
+        with torch.no_grad():
+            for name, value in tensors.items():
+                own[name].copy_(value)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every weight under its name, the tied head's once; the tensors themselves, not copies."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("lm_head.")}

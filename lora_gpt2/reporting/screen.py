@@ -1,0 +1,80 @@
+"""What a run prints: the corpus, the model, the scores. Rank 0 alone speaks."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from lora_gpt2.data.batches import EncodedRows
+from lora_gpt2.decoding.predictions import Queries
+from lora_gpt2.model.language_model import GPT2LMModel
+
+_console = Console(soft_wrap=True, highlight=False)
+
+
+@rank_zero_only
+def corpus(meta: dict[str, Any]) -> None:
+    """The encoded corpus in numbers; `meta` is what meta.json holds."""
+    tokenizer = meta["tokenizer"]
+    title = f"corpus {meta['corpus']}, tokenizer {tokenizer['source']} ({tokenizer['vocab_size']:,} tokens)"
+    table = Table("split", "rows", "contexts", "tokens/context", "tokens/completion", "longest", title=title)
+    for name, split in meta["splits"].items():
+        counts = f"{split['rows']:,}", f"{split['contexts']:,}"
+        means = f"{split['context_tokens']:.1f}", f"{split['completion_tokens']:.1f}"
+        table.add_row(name, *counts, *means, str(split["longest"]))
+    _console.print(table)
+
+
+@rank_zero_only
+def model(card: str, built: GPT2LMModel) -> None:
+    """Parameters in all and trainable. Without freezing done yet, LoRA decides what trains."""
+    config = built.config
+    total = sum(parameter.numel() for parameter in built.parameters())
+    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in built.lora_layers())
+    trainable = lora or total
+    _console.print(
+        f"model {card}: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "
+        f"vocabulary {config.vocab_size:,}; {total:,} parameters, "
+        f"{trainable:,} trainable ({100 * trainable / total:.3g} %)"
+    )
+
+
+@rank_zero_only
+def rows_cut(seq_len: int, **splits: EncodedRows) -> None:
+    """How many rows `seq_len` shortened, where it did."""
+    for name, rows in splits.items():
+        if rows.cut:
+            _console.print(
+                f"{name}: {rows.cut:,} of {len(rows):,} rows cut to data.seq_len={seq_len} tokens, "
+                f"{rows.lost:,} of them keep nothing of their completion"
+            )
+
+
+@rank_zero_only
+def queries(split: str, asked: Queries) -> None:
+    _console.print(f"{split}: {len(asked.of_row):,} rows, {len(asked):,} different contexts to decode")
+    if asked.cut:
+        _console.print(f"{split}: {asked.cut:,} contexts keep only their last tokens (data.seq_len)")
+
+
+@rank_zero_only
+def scores(report: dict[str, Any]) -> None:
+    """Scores by metric; for WebNLG by part, one column each."""
+    parts = report if "signatures" not in report else {"score": report}
+    table = Table("metric", *parts)
+    first = next(iter(parts.values()))
+    for metric in first["signatures"]:
+        values = [part.get(metric) for part in parts.values()]
+        table.add_row(metric, *("n/a" if value is None else f"{value:.4f}" for value in values))
+    _console.print(table)
+    for metric, signature in first["signatures"].items():
+        _console.print(f"  {metric}: {first['notes'].get(metric) or signature}")
+
+
+@rank_zero_only
+def artefacts(folder: Path) -> None:
+    """The files of a run's folder."""
+    names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir() if p.name[0] != ".")
+    _console.print(f"in {folder}: {', '.join(names)}")

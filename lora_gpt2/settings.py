@@ -1,0 +1,165 @@
+"""The two experiments' settings: the groups' dataclasses put together, and the gate they pass through.
+
+Torch-free: a wrong key, type or value stops the run in a second. Owns no default but the roots' own.
+"""
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from typing import Any, TypeVar, cast
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import CompactHydraException
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_gpt2.data.config import DataSettings
+from lora_gpt2.decoding.config import DecodingSettings
+from lora_gpt2.errors import UserError
+from lora_gpt2.model.config import LoraSettings, ModelSettings
+from lora_gpt2.training.config import OptimizerSettings
+
+S = TypeVar("S")
+
+
+class ConfigError(CompactHydraException):
+    """A fault of the user's: Hydra prints its message without a traceback and exits with 1."""
+
+
+class Keep(str, Enum):
+    """Which weights a training run leaves."""
+
+    best = "best"
+    last = "last"
+
+
+@dataclass
+class TrainSettings:
+    model: ModelSettings
+    lora: LoraSettings
+    data: DataSettings
+    optimizer: OptimizerSettings
+    trainer: dict[str, Any]
+    callbacks: dict[str, Any]
+    logger: dict[str, Any]
+    base: str | None = None
+    """Weights to start from: a run's folder, a file, a hub name; null: random weights."""
+    label_smoothing: float = 0.0
+    """Share of the target's probability spread over the vocabulary, while training."""
+    keep: Keep = Keep.best
+    """best: the weights of the lowest validation loss; last: those of the last step."""
+    resume: str | None = None
+    """A run's folder or a .ckpt file to go on from."""
+    dry_run: bool = False
+    """Print what would be trained, and stop."""
+    seed: int = 42
+    """Of weights, order and dropout."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+
+
+@dataclass
+class GenerateSettings:
+    data: DataSettings
+    decoding: DecodingSettings
+    trainer: dict[str, Any]
+    callbacks: dict[str, Any]
+    model: ModelSettings | None = None
+    """Only to insist on a card; the weights say theirs."""
+    adapter: str | None = None
+    """A run's folder or an adapter file."""
+    base: str | None = None
+    """Base weights; null: those that the adapter was trained on."""
+    split: str = "test"
+    """train, valid or test."""
+    limit: int | None = None
+    """Decode the first so many different contexts only."""
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.adapter is None and self.base is None:
+            raise ValueError("neither adapter nor base is set: give the folder of a run, adapter=outputs/…")
+        if self.split not in ("train", "valid", "test"):
+            raise ValueError(f"split must be train, valid or test, not {self.split}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, not {self.limit}")
+
+
+def register() -> None:
+    """Makes the typed schemas known to Hydra, under the name that each group's files start from."""
+    store = ConfigStore.instance()
+    store.store("train_schema", TrainSettings)
+    store.store("generate_schema", GenerateSettings)
+    for group, schema in {
+        "model": ModelSettings,
+        "lora": LoraSettings,
+        "data": DataSettings,
+        "optimizer": OptimizerSettings,
+        "decoding": DecodingSettings,
+    }.items():
+        store.store("schema", schema, group=group)
+
+
+def resolve(cfg: DictConfig, schema: type[S]) -> S:
+    """The composed config as dataclasses. Raises ConfigError for a key, type or value that is wrong."""
+    with user_errors():
+        faults = [*_unknown_keys(cfg, schema), *_unknown_arguments(cfg)]
+        if faults:
+            raise ConfigError("\n".join(faults))
+        try:
+            return cast(S, OmegaConf.to_object(cfg))
+        except ValueError as error:  # from a dataclass' __post_init__
+            raise ConfigError(str(error)) from None
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns the faults that a user can mend into ConfigError."""
+    try:
+        yield
+    except (UserError, OmegaConfBaseException) as error:
+        raise ConfigError(str(error)) from None
+
+
+def _unknown_keys(cfg: Any, schema: Any, path: str = "") -> Iterator[str]:
+    """Keys that are no field of their dataclass: Hydra lets `+lora.rr=3` pass and drops it."""
+    if not is_dataclass(schema) or not isinstance(cfg, DictConfig):
+        return
+    known = {field.name: field.type for field in fields(schema)}
+    for key in cfg:
+        name = f"{path}{key}"
+        if key not in known:
+            yield f"{name}: no such setting{_nearest(str(key), list(known), path)}"
+        elif not OmegaConf.is_missing(cfg, key):
+            yield from _unknown_keys(cfg._get_node(key), known[str(key)], f"{name}.")
+
+
+def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:
+    """Arguments that a `_target_` does not take."""
+    for group in ("trainer", "callbacks", "logger"):
+        for path, node in _targets(OmegaConf.to_container(cfg.get(group) or {}, resolve=True), group):
+            parameters = inspect.signature(get_object(node["_target_"])).parameters
+            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+                continue
+            for key in node.keys() - parameters.keys() - {"_target_", "_partial_"}:
+                near = _nearest(key, list(parameters), f"{path}.")
+                yield f"{path}.{key}: no such argument of {node['_target_']}{near}"
+
+
+def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from _targets(value, f"{path}.{key}")
+
+
+def _nearest(key: str, known: list[str], path: str) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f", did you mean {path}{near[0]}?" if near else f"; there are {', '.join(known)}"

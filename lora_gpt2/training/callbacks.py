@@ -1,0 +1,117 @@
+"""Callbacks that Lightning does not have: a report for screens and log files, and the plateau schedule."""
+
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lora_gpt2.data.batches import Batch
+from lora_gpt2.training.config import OptimizerSettings, Schedule
+
+
+class Progress(Callback):
+    """One line every `every` seconds: step, loss, learning rate, tokens per second, time left.
+
+    Reads the same on a terminal and in a log file. Tokens are those that the model runs over, padding
+    left out, on this device.
+    """
+
+    def __init__(self, every: float = 10.0) -> None:
+        self.every = every
+        self._start = self._printed = 0.0
+        self._tokens = self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = self._printed = time.monotonic()
+        self._tokens, self._first_step = 0, trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._tokens += int((batch.input_ids != 0).sum())
+        if self._due():
+            step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
+            values = trainer.callback_metrics
+            speed = self._tokens / (self._printed - self._start)
+            rank_zero_info(
+                f"  step {step}/{total}  epoch {trainer.current_epoch + 1}"
+                f"  loss {_value(values, 'train/token_loss')}  lr {values['lr']:.1e}"
+                f"  {speed:,.0f} tokens/s  {self._left(step - self._first_step, total - step)} left"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        values = trainer.callback_metrics
+        if "valid/loss" in values:
+            rank_zero_info(
+                f"  step {trainer.global_step}  validation loss {_value(values, 'valid/loss')}"
+                f"  perplexity {_value(values, 'valid/perplexity')}"
+                f"  token accuracy {_value(values, 'valid/token_accuracy')}"
+            )
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._start = self._printed = time.monotonic()
+        self._tokens = 0
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._tokens += len(batch)
+        if self._due():
+            done, total = batch_idx + 1, int(trainer.num_predict_batches[0])
+            speed = self._tokens / (self._printed - self._start)
+            rank_zero_info(
+                f"  decoded {self._tokens} contexts, batch {done}/{total}"
+                f"  {speed:.1f} contexts/s  {self._left(done, total - done)} left"
+            )
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._printed < self.every:
+            return False
+        self._printed = now
+        return True
+
+    def _left(self, done: int, left: int) -> str:
+        seconds = int((self._printed - self._start) / max(1, done) * left)
+        return f"{seconds // 60}:{seconds % 60:02}"
+
+
+class LowerRateOnPlateau(Callback):
+    """For `schedule=plateau`: lowers the rate when the validation loss has stopped falling."""
+
+    def __init__(self) -> None:
+        self.best = float("inf")
+        self.stalled = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settings = getattr(pl_module, "optimizer_settings", None)
+        if not isinstance(settings, OptimizerSettings) or settings.schedule is not Schedule.plateau:
+            return
+        loss = float(trainer.callback_metrics["valid/loss"])
+        self.stalled = 0 if loss < self.best else self.stalled + 1
+        self.best = min(loss, self.best)
+        if self.stalled > settings.plateau_patience:
+            scheduler = trainer.lr_scheduler_configs[0].scheduler
+            scheduler.base_lrs = [rate * settings.plateau_factor for rate in scheduler.base_lrs]
+            self.stalled = 0
+            rank_zero_info(
+                f"  validation loss stalled: highest learning rate now {scheduler.base_lrs[0]:.1e}"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "stalled": self.stalled}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.stalled = state_dict["best"], state_dict["stalled"]
+
+
+def _value(values: dict[str, Tensor], name: str) -> str:
+    return f"{float(values[name]):.4f}" if name in values else "n/a"

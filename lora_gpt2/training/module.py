@@ -1,0 +1,68 @@
+"""The LightningModule: wires model, loss, metrics and optimizer, and computes nothing itself."""
+
+from typing import Any
+
+from lightning import LightningModule
+from torch import Tensor
+
+from lora_gpt2.data.batches import Batch
+from lora_gpt2.model.keys import is_lora
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.loss import CompletionLoss
+from lora_gpt2.training.accuracy import StageMetrics
+from lora_gpt2.training.config import OptimizerSettings
+from lora_gpt2.training.optimization import build_optimizer
+
+
+class LanguageModeling(LightningModule):
+    """Trains the LoRA matrices of `model`, or all of it where it has none.
+
+    Checkpoints hold what trains; a frozen base is found again by `base_sha256`, which a resumed run
+    must share.
+    """
+
+    def __init__(
+        self, model: GPT2LMModel, optimizer: OptimizerSettings, label_smoothing: float, base_sha256: str = ""
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer_settings, self.label_smoothing = optimizer, label_smoothing
+        self.base_sha256 = base_sha256
+        self.valid_metrics = StageMetrics()
+        if model.lora_layers():
+            model.train_only_lora()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        report = self._report(batch, self.label_smoothing)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        values = {"train/loss": report.loss, "train/token_loss": report.loss_sum / report.tokens, "lr": rate}
+        self.log_dict(values, batch_size=len(batch.rows))
+        return report.loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.valid_metrics.update(self._report(batch, 0.0))
+
+    def on_validation_epoch_end(self) -> None:
+        values = {f"valid/{name}": value for name, value in self.valid_metrics.compute().items()}
+        self.log_dict(values)  # already reduced over ranks
+        self.valid_metrics.reset()
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        total = int(self.trainer.estimated_stepping_batches)
+        optimizer, schedule = build_optimizer(trained, self.optimizer_settings, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["base_sha256"] = self.base_sha256
+        if self.base_sha256:
+            checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_lora(k)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if (theirs := checkpoint.get("base_sha256", "")) != self.base_sha256:
+            found = f"{theirs[:12] or 'none'}, this run has {self.base_sha256[:12] or 'none'}"
+            raise ValueError(f"the checkpoint belongs to another base ({found})")
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+    def _report(self, batch: Batch, label_smoothing: float) -> CompletionLoss:
+        return self.model.completion_loss(batch.input_ids, batch.labels, batch.mask, label_smoothing)

@@ -1,0 +1,90 @@
+"""GPT2Config: the documented defaults, checks at construction, and the command line's two groups."""
+
+import inspect
+import json
+from dataclasses import fields
+
+import pytest
+
+from lora_gpt2 import GPT2Config
+from lora_gpt2.model.config import LoraSettings, ModelSettings, Projection, gpt2_config
+
+
+def test_defaults_are_the_documented_ones():
+    config = GPT2Config()
+    assert (config.vocab_size, config.n_positions, config.n_ctx) == (50257, 1024, 1024)
+    assert (config.n_embd, config.n_layer, config.n_head) == (768, 12, 12)
+    assert (config.layer_norm_epsilon, config.initializer_range) == (1e-5, 0.02)
+    assert (config.lora_attn_dim, config.lora_attn_alpha) == (0, 128)
+    assert (config.lora_dropout, config.lora_r_dropout, config.fix_dropout) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_embd": 10, "n_head": 3}, "n_embd 10 is not divisible by n_head 3"),
+        ({"lora_attn_dim": -1}, "rank must be a whole number of at least 0, not -1"),
+        ({"lora_attn_dim": 2.5}, "rank must be a whole number of at least 0, not 2.5"),
+        ({"lora_targets": ["q", "o"]}, "among q, k, v, not o"),
+        ({"lora_targets": []}, "different ones of q, k, v"),
+        ({"n_ctx": 2048}, "n_ctx 2048 is larger than n_positions 1024"),
+        ({"n_layer": 0}, "n_layer must be a whole number of at least 1, not 0"),
+        ({"fix_dropout": 1.0}, "fix_dropout must be in"),
+        ({"lora_attn_alpha": 0}, "alpha must be above 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GPT2Config(**arguments)
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(ValueError, match=r"n_layer.*; .*dropout"):
+        GPT2Config(n_layer=0, lora_dropout=2)
+
+
+def test_a_json_file_gives_the_settings(tmp_path):
+    config = GPT2Config(100, n_embd=32, n_head=4, lora_attn_dim=2, lora_targets=["k"])
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    assert GPT2Config(str(path)) == config == GPT2Config.from_dict(config.to_dict())
+
+
+def test_transformers_json_is_understood(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model_type": "gpt2",
+                "vocab_size": 10,
+                "n_positions": 64,
+                "n_embd": 16,
+                "n_head": 2,
+                "attn_pdrop": 0.1,
+            }
+        )
+    )
+    config = GPT2Config(path)
+    assert (config.vocab_size, config.n_positions, config.n_ctx, config.n_embd) == (10, 64, 64, 16)
+
+
+def test_an_unknown_key_in_json_is_refused(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"vocab_size": 10, "n_heads": 2}))
+    with pytest.raises(ValueError, match="no such settings: n_heads"):
+        GPT2Config(path)
+
+
+def test_every_field_of_the_groups_reaches_the_config_and_none_is_left_over():
+    model = ModelSettings("card", 64, 32, 16, 3, 2, 1e-3, 0.5, 0.25)
+    lora = LoraSettings(7, 9.0, 0.125, 0.375, [Projection.k])
+    values = gpt2_config(model, lora, 50).to_dict()
+    given = [getattr(model, f.name) for f in fields(model) if f.name != "name"]
+    given += [lora.rank, lora.alpha, lora.dropout, lora.rank_dropout, ["k"]]
+    assert sorted(map(str, values.values())) == sorted(map(str, [*given, 32]))  # n_positions is n_ctx too
+    assert len(values) == len(inspect.signature(GPT2Config).parameters)
+
+
+def test_a_card_vocabulary_smaller_than_the_tokenizers_is_refused():
+    with pytest.raises(ValueError, match="40 is smaller than the tokenizer's 50"):
+        gpt2_config(ModelSettings("card", 40), LoraSettings(), 50)
