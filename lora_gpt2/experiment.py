@@ -56,9 +56,8 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
     loss = runs.keep_weights(trainer, module, settings.keep, folder)
     if trainer.is_global_zero:
-        runs.save(
-            folder, module, settings, data.tokenizer, {"steps": trainer.global_step, "valid_loss": loss}
-        )
+        notes = {"steps": trainer.global_step, "valid_loss": loss}
+        runs.save(folder, module, settings, data.tokenizer, notes)
         screen.artefacts(folder)
     return loss
 
@@ -114,7 +113,7 @@ def _queries(settings: GenerateSettings, data: DataToText, config: GPT2Config) -
     if longest < 1:
         what = f"{settings.decoding.eval_len} leaves no room for a context"
         raise UserError(
-            "decoding.eval_len", what, "make it smaller than data.seq_len and the model's positions"
+            "decoding.eval_len", what, "make it smaller than data.seq_len"
         )
     rows = data.rows(settings.split, config.n_positions)
     queries = Queries((row.context for row in rows), longest)

@@ -132,12 +132,11 @@ def _unknown_keys(cfg: Any, schema: Any, path: str = "") -> Iterator[str]:
     if not is_dataclass(schema) or not isinstance(cfg, DictConfig):
         return
     known = {field.name: field.type for field in fields(schema)}
-    for key in cfg:
-        name = f"{path}{key}"
+    for key in map(str, cfg):
         if key not in known:
-            yield f"{name}: no such setting{_nearest(str(key), list(known), path)}"
+            yield f"{path}{key}: no such setting{_nearest(key, list(known), path)}"
         elif not OmegaConf.is_missing(cfg, key):
-            yield from _unknown_keys(cfg._get_node(key), known[str(key)], f"{name}.")
+            yield from _unknown_keys(cfg._get_node(key), known[key], f"{path}{key}.")
 
 
 def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:

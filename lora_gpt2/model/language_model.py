@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import canonical, check_keys
 from lora_gpt2.model.lora import MergedLinear
-from lora_gpt2.model.loss import CompletionLoss, batch_loss, completion_loss, row_accuracy, token_loss
+from lora_gpt2.model.loss import CompletionReport, batch_loss, completion_report, row_accuracy, token_loss
 from lora_gpt2.model.transformer import Conv1D, GPT2Model
 
 
@@ -108,11 +108,17 @@ class GPT2LMModel(nn.Module):
 
     def completion_loss(
         self, input_ids: Tensor, labels: Tensor, mask: Tensor, label_smooth: float = 0.0
-    ) -> CompletionLoss:
-        """Loss and accuracies of a batch, (B, T) each, with the head run on the target positions alone."""
-        hidden = self.transformer.hidden_states(input_ids)
-        logits = self.lm_head(hidden[mask.bool()])  # (N, V)
-        return completion_loss(logits, labels, mask, label_smooth)
+    ) -> Tensor:
+        """The loss of `forward` on (B, T) each, with the head run on the target positions alone."""
+        losses = token_loss(self._target_logits(input_ids, mask), labels[mask], label_smooth)
+        return batch_loss(losses, torch.ones_like(losses))
+
+    def completion_report(self, input_ids: Tensor, labels: Tensor, mask: Tensor) -> CompletionReport:
+        """Plain loss and accuracies of a batch, (B, T) each; `mask` is boolean."""
+        return completion_report(self._target_logits(input_ids, mask), labels, mask)
+
+    def _target_logits(self, input_ids: Tensor, mask: Tensor) -> Tensor:
+        return self.lm_head(self.transformer.hidden_states(input_ids)[mask])  # (N, V)
 
     def load_weight(self, state_dict: Mapping[str, Any]) -> None:
         """Loads a base, an update, or both, in any of the published layouts (see `lora_gpt2.model.keys`).

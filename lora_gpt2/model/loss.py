@@ -39,13 +39,11 @@ def row_accuracy(hits: Tensor, mask: Tensor) -> Accuracy:
     return Accuracy(first.float(), (hits.bool() | ~mask).all(dim=1).float())
 
 
-class CompletionLoss(NamedTuple):
-    """What one pass over a batch of completions yields; sums, so that batches and ranks add up."""
+class CompletionReport(NamedTuple):
+    """How well a batch of completions is predicted; sums, so that batches and ranks add up."""
 
-    loss: Tensor
-    """Scalar with gradient: label-smoothed, as `batch_loss` defines it."""
     loss_sum: Tensor
-    """Scalar: sum of plain cross-entropy over the target tokens, in nats."""
+    """Scalar: cross-entropy summed over the target tokens, in nats."""
     hit_sum: Tensor
     """Scalar: target tokens that are the argmax."""
     tokens: Tensor
@@ -53,20 +51,14 @@ class CompletionLoss(NamedTuple):
     accuracy: Accuracy
 
 
-def completion_loss(logits: Tensor, labels: Tensor, mask: Tensor, label_smooth: float) -> CompletionLoss:
+def completion_report(logits: Tensor, labels: Tensor, mask: Tensor) -> CompletionReport:
     """`logits` (N, V) at the N positions where `mask` (B, T) is true; `labels` (B, T)."""
-    mask = mask.bool()
     targets = labels[mask]
-    losses = token_loss(logits, targets, label_smooth)
-    with torch.no_grad():
-        plain = losses.detach() if label_smooth <= _SMOOTHING_FROM else token_loss(logits.detach(), targets)
-        hit = logits.argmax(dim=-1) == targets
-        hits = torch.zeros_like(mask).masked_scatter(mask, hit)
-    tokens = mask.sum()
-    return CompletionLoss(
-        loss=losses.sum() / (tokens + 1e-4),
-        loss_sum=plain.sum(),
+    hit = logits.argmax(dim=-1) == targets
+    hits = torch.zeros_like(mask).masked_scatter(mask, hit)
+    return CompletionReport(
+        loss_sum=token_loss(logits, targets).sum(),
         hit_sum=hit.sum(),
-        tokens=tokens,
+        tokens=mask.sum(),
         accuracy=row_accuracy(hits, mask),
     )

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from lora_gpt2.model.loss import CompletionLoss
+from lora_gpt2.model.loss import CompletionReport
 
 
 class StageMetrics(nn.Module):
@@ -16,7 +16,7 @@ class StageMetrics(nn.Module):
         self.first_token_accuracy = MeanMetric()
         self.all_token_accuracy = MeanMetric()
 
-    def update(self, report: CompletionLoss) -> None:
+    def update(self, report: CompletionReport) -> None:
         if report.tokens == 0:
             return
         self.loss.update(report.loss_sum / report.tokens, report.tokens)

@@ -37,7 +37,7 @@ class Progress(Callback):
             speed = self._tokens / (self._printed - self._start)
             rank_zero_info(
                 f"  step {step}/{total}  epoch {trainer.current_epoch + 1}"
-                f"  loss {_value(values, 'train/token_loss')}  lr {values['lr']:.1e}"
+                f"  loss {_value(values, 'train/loss')}  lr {values['lr']:.1e}"
                 f"  {speed:,.0f} tokens/s  {self._left(step - self._first_step, total - step)} left"
             )
 
@@ -102,9 +102,7 @@ class LowerRateOnPlateau(Callback):
             scheduler = trainer.lr_scheduler_configs[0].scheduler
             scheduler.base_lrs = [rate * settings.plateau_factor for rate in scheduler.base_lrs]
             self.stalled = 0
-            rank_zero_info(
-                f"  validation loss stalled: highest learning rate now {scheduler.base_lrs[0]:.1e}"
-            )
+            rank_zero_info(f"  validation loss stalled: the rate falls to {scheduler.base_lrs[0]:.1e}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "stalled": self.stalled}

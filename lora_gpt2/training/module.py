@@ -8,7 +8,6 @@ from torch import Tensor
 from lora_gpt2.data.batches import Batch
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.model.loss import CompletionLoss
 from lora_gpt2.training.accuracy import StageMetrics
 from lora_gpt2.training.config import OptimizerSettings
 from lora_gpt2.training.optimization import build_optimizer
@@ -33,14 +32,13 @@ class LanguageModeling(LightningModule):
             model.train_only_lora()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        report = self._report(batch, self.label_smoothing)
+        loss = self.model.completion_loss(batch.input_ids, batch.labels, batch.mask, self.label_smoothing)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        values = {"train/loss": report.loss, "train/token_loss": report.loss_sum / report.tokens, "lr": rate}
-        self.log_dict(values, batch_size=len(batch.rows))
-        return report.loss
+        self.log_dict({"train/loss": loss, "lr": rate}, batch_size=len(batch.rows))
+        return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.valid_metrics.update(self._report(batch, 0.0))
+        self.valid_metrics.update(self.model.completion_report(batch.input_ids, batch.labels, batch.mask))
 
     def on_validation_epoch_end(self) -> None:
         values = {f"valid/{name}": value for name, value in self.valid_metrics.compute().items()}
@@ -63,6 +61,3 @@ class LanguageModeling(LightningModule):
             found = f"{theirs[:12] or 'none'}, this run has {self.base_sha256[:12] or 'none'}"
             raise ValueError(f"the checkpoint belongs to another base ({found})")
         checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
-
-    def _report(self, batch: Batch, label_smoothing: float) -> CompletionLoss:
-        return self.model.completion_loss(batch.input_ids, batch.labels, batch.mask, label_smoothing)

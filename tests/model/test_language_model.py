@@ -75,8 +75,11 @@ def test_loss_and_accuracies_equal_their_literal_formulas(ours, ids, smoothing):
     assert loss.item() == pytest.approx(total / (weight + 1e-4), rel=1e-5)
     assert first.tolist() == [1, 1, 0]
     assert every.tolist() == [1, 0, 0]
-    report = ours.completion_loss(ids, labels, mask, smoothing)
-    assert report.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    counts = mask.bool()
+    assert ours.completion_loss(ids, labels, counts, smoothing).item() == pytest.approx(loss.item(), rel=1e-5)
+    report = ours.completion_report(ids, labels, counts)
+    plain = ours(ids, lm_labels=labels, lm_mask=mask)[1] * (weight + 1e-4)
+    assert report.loss_sum.item() == pytest.approx(plain.item(), rel=1e-5)
     assert report.accuracy.first.tolist() == [1, 1, 0]
     assert report.accuracy.all.tolist() == [1, 0, 0]
     assert report.tokens == 26

@@ -1,0 +1,137 @@
+"""The two line formats between the stages: rows of token ids for the model, rows of text for the reader."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.files import replacing
+
+ENCODE_AGAIN = "write the file again with lora-gpt2 encode"
+
+
+class Row(NamedTuple):
+    """Token ids of one example; both lists end with the tokenizer's end token."""
+
+    context: list[int]
+    completion: list[int]
+
+
+class TextRow(NamedTuple):
+    """One example as text. `part` is "seen" or "unseen" where a corpus tells these apart, else empty."""
+
+    context: str
+    completion: str
+    part: str = ""
+
+
+def read_rows(path: str | Path, vocab_size: int | None = None) -> Iterator[Row]:
+    """The rows of a BPE JSONL file, ``{"context": [ids], "completion": [ids]}`` a line.
+
+    Raises UserError at the first line that is not such a row, and for an id that is negative or,
+    with `vocab_size`, not below it.
+    """
+    for where, value in _objects(path, ENCODE_AGAIN):
+        yield Row(_ids(where, value, "context", vocab_size), _ids(where, value, "completion", vocab_size))
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
+    """Writes BPE JSONL, whole or not at all; returns the number of rows."""
+    return _write(path, ({"context": row.context, "completion": row.completion} for row in rows))
+
+
+def read_text_rows(path: str | Path) -> Iterator[TextRow]:
+    """The rows of a text JSONL file, ``{"context": str, "completion": str}`` and perhaps ``"part"``.
+
+    Raises UserError at the first line that is not such a row.
+    """
+    do = 'each line needs the texts "context" and "completion"'
+    for where, value in _objects(path, do):
+        part = _text(where, value, "part", do) if "part" in value else ""
+        yield TextRow(_text(where, value, "context", do), _text(where, value, "completion", do), part)
+
+
+def write_text_rows(path: str | Path, rows: Iterable[TextRow]) -> int:
+    """Writes text JSONL, whole or not at all; returns the number of rows."""
+
+    def value(row: TextRow) -> dict[str, str]:
+        pair = {"context": row.context, "completion": row.completion}
+        return {**pair, "part": row.part} if row.part else pair
+
+    return _write(path, map(value, rows))
+
+
+def _objects(path: str | Path, do: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line's place, ``file:line``, and JSON object."""
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                yield f"{path}:{number}", _object(f"{path}:{number}", line, do)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise UserError(path, "there is no such file", "check the path, or " + ENCODE_AGAIN) from None
+    if number == 0:
+        raise UserError(path, "is empty, at least one row was expected", do)
+
+
+def _object(where: str, line: bytes, do: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(where, f"is not UTF-8 text (byte {error.start} of the line)", do) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(where, f"is not valid JSON ({error})", do) from None
+    if not isinstance(value, dict):
+        raise UserError(where, f"a JSON object was expected, not {_brief(value)}", do)
+    return value
+
+
+def _field(where: str, value: dict[str, Any], key: str, do: str) -> Any:
+    if key not in value:
+        found = ", ".join(map(repr, value)) or "none"
+        raise UserError(where, f'the key "{key}" is missing (keys found: {found})', do)
+    return value[key]
+
+
+def _text(where: str, value: dict[str, Any], key: str, do: str) -> str:
+    text = _field(where, value, key, do)
+    if not isinstance(text, str):
+        raise UserError(where, f'"{key}" must be text, not {_brief(text)}', do)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can write half a character, as in "\\ud83d"
+        what = f'"{key}" holds half of a character (a lone surrogate at {error.start})'
+        raise UserError(where, what, do) from None
+    return text
+
+
+def _ids(where: str, value: dict[str, Any], key: str, vocab_size: int | None) -> list[int]:
+    ids = _field(where, value, key, ENCODE_AGAIN)
+    if not isinstance(ids, list):
+        raise UserError(where, f'"{key}" must be a list of token ids, not {_brief(ids)}', ENCODE_AGAIN)
+    if not ids:
+        raise UserError(where, f'"{key}" is empty; every row needs at least the end token', ENCODE_AGAIN)
+    if set(map(type, ids)) != {int}:  # exact: a bool is an int to isinstance
+        wrong = next(item for item in ids if type(item) is not int)
+        raise UserError(where, f'"{key}" must hold token ids only, not {_brief(wrong)}', ENCODE_AGAIN)
+    if min(ids) < 0:
+        raise UserError(where, f'"{key}" holds the token id {min(ids)}, ids start at 0', ENCODE_AGAIN)
+    if vocab_size is not None and max(ids) >= vocab_size:
+        what = f'"{key}" holds the token id {max(ids)}, the vocabulary has {vocab_size} entries'
+        raise UserError(where, what, "use the tokenizer and the model that the file was encoded for")
+    return ids
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _write(path: str | Path, values: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for value in values:
+            file.write(json.dumps(value, ensure_ascii=False) + "\n")
+            count += 1
+    return count
