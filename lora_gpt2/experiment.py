@@ -112,9 +112,7 @@ def _queries(settings: GenerateSettings, data: DataToText, config: GPT2Config) -
     longest = min(settings.data.seq_len, config.n_positions) - settings.decoding.eval_len
     if longest < 1:
         what = f"{settings.decoding.eval_len} leaves no room for a context"
-        raise UserError(
-            "decoding.eval_len", what, "make it smaller than data.seq_len"
-        )
+        raise UserError("decoding.eval_len", what, "make it smaller than data.seq_len")
     rows = data.rows(settings.split, config.n_positions)
     queries = Queries((row.context for row in rows), longest)
     if settings.limit:

@@ -41,9 +41,7 @@ class DataToText(LightningDataModule):
         path = self.folder / f"{split}.jsonl"
         for line, row in enumerate(read_rows(path, self.tokenizer.vocab_size), start=1):
             if len(row.context) >= positions:
-                what = (
-                    f"a context of {len(row.context)} tokens does not fit {positions} positions"
-                )
+                what = f"a context of {len(row.context)} tokens does not fit {positions} positions"
                 raise UserError(f"{path}:{line}", what, "remove the row or use a model with more positions")
             yield row
 

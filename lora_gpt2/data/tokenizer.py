@@ -60,6 +60,11 @@ class Tokenizer:
         line_end = _byte_characters()[ord("\n")]
         return self.vocabulary.get(line_end + line_end)
 
+    @property
+    def end_tokens(self) -> list[int]:
+        """What ends an output: the end token, and a blank line where it is one token."""
+        return [self.end_token] + ([self.blank_line_token] if self.blank_line_token is not None else [])
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the merges and the vocabulary."""

@@ -1,0 +1,43 @@
+# make demo: the whole way on the embedded corpus.  make test: lint, types and tests.
+# PYTHON chooses the interpreter (3.10 to 3.13), PIP_ARGS goes to pip, e.g. for torch's CPU wheels:
+#   make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_ARGS ?=
+BIN := .venv/bin
+INPUTS := pyproject.toml constraints.txt
+
+.PHONY: demo test test-corpora test-slow clean
+
+demo: .venv/installed
+	$(BIN)/lora-gpt2 demo
+
+test: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist loadfile
+
+# The real corpora: LORA_GPT2_CORPORA=FOLDER make test-corpora
+test-corpora: .venv/installed-test
+	$(BIN)/pytest -m corpora
+
+test-slow: .venv/installed-test
+	$(BIN)/pytest -m slow
+
+.venv/bin/python:
+	@echo "Making .venv with $$($(PYTHON) --version)"
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python $(INPUTS)
+	@echo "Installing lora-gpt2 into .venv"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "Installing what the tests need"
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
