@@ -1,5 +1,7 @@
 """The two experiments, step by step in the order in which data flows. Only wires."""
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from lora_gpt2.weights.store import base_hash
 
 def train(settings: TrainSettings, folder: Path) -> float | None:
     """Trains and leaves the weights in `folder`; returns the lowest validation loss, if one was taken."""
+    _quiet()
     seed_everything(settings.seed, workers=True, verbose=False)
     data = DataToText(settings.data, runs.tokenizer_of(settings.base), settings.seed)
     config = _config(settings, data)
@@ -64,9 +67,10 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
 
 def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
     """Decodes a split into `folder` and scores it; returns what scores.json holds, None on other ranks."""
+    _quiet()
     seed_everything(settings.seed, workers=True, verbose=False)
     data = DataToText(settings.data, runs.tokenizer_of(settings.adapter or settings.base), settings.seed)
-    model = runs.load(settings, data.tokenizer.sha256)
+    model = runs.load(settings, data.tokenizer.sha256, data.tokenizer.vocab_size)
     queries = _queries(settings, data, model.config)
     screen.queries(settings.split, queries)
     end_tokens = settings.decoding.end_tokens or data.tokenizer.end_tokens
@@ -83,6 +87,21 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
         folder / "predictions.jsonl", queries.of_row, hypotheses, texts, settings.decoding.eval_len
     )
     return _evaluate(folder, data, settings.split, queries, texts)
+
+
+def _quiet() -> None:
+    """Silences what Lightning says of itself and of ways that we chose on purpose."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for expected in (
+        r".*LeafSpec",  # Lightning 2.6 on torch 2.13
+        r"Experiment logs directory",  # the run's folder is made before the logger
+        r".*could not find the monitored key",  # a run may end before its first validation
+        r"Couldn't infer the batch indices",  # LengthBuckets is a sampler of batches
+        r".*does not have many workers",  # batches come from arrays in memory
+        r"Checkpoint directory .* exists",  # two callbacks write there
+    ):
+        warnings.filterwarnings("ignore", message=expected)
 
 
 def _config(settings: TrainSettings, data: DataToText) -> GPT2Config:
@@ -134,16 +153,20 @@ def _evaluate(
     """Writes hypotheses, references and scores of the decoded contexts; shows the scores."""
     rows: list[TextRow] = list(read_text_rows(data.folder / f"{split}.text.jsonl"))
     references: list[list[str]] = [[] for _ in texts]
-    parts = [""] * len(texts)
-    for number, row in zip(queries.of_row, rows, strict=False):
-        references[number].append(row.completion.strip())
-        parts[number] = row.part
+    parts = ["all"] * len(texts)
+    for row, number in queries.of_row.items():
+        if text := rows[row].completion.strip():  # one of DART's texts is empty
+            references[number].append(text)
+        parts[number] = rows[row].part or "all"
+    contexts = {number: rows[row].context for row, number in reversed(queries.of_row.items())}
+    text_files.write_predictions(folder / "contexts.txt", [contexts[i] for i in range(len(texts))])
     text_files.write_predictions(folder / "hypotheses.txt", texts)
     text_files.write_references(folder / "references.txt", references)
     if data.meta["corpus"] in ("webnlg", "dart"):
-        scores = {part: scores_as_dict(s) for part, s in score_by_part(texts, references, parts).items()}
+        by_part = score_by_part(texts, references, parts)
+        scores = {part: scores_as_dict(values, references) for part, values in by_part.items()}
     else:
-        scores = scores_as_dict(score_e2e(texts, references))
+        scores = scores_as_dict(score_e2e(texts, references), references)
     write_json(folder / "scores.json", scores)
     screen.scores(scores)
     screen.artefacts(folder)

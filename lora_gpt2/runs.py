@@ -11,12 +11,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.errors import UserError
-from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.config import GPT2Config, LoraSettings, gpt2_config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.weights.adapter import load_adapter, read_description
-from lora_gpt2.weights.pretrained import check_description, load_base
+from lora_gpt2.weights.pretrained import describe_base, load_base
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, Description, find, save_weights
 
 
@@ -38,27 +38,34 @@ def build_base(config: GPT2Config, source: str | None, card: str, tokenizer: str
     return model
 
 
-def load(settings: GenerateSettings, tokenizer: str) -> GPT2LMModel:
+def load(settings: GenerateSettings, tokenizer: str, vocab_size: int) -> GPT2LMModel:
     """The model that `base` and `adapter` name, the adapter merged into it.
 
     Raises UserError when card, tokenizer or base do not fit each other.
     """
-    source = settings.base
-    if settings.adapter is None:
-        path, description = read_description(str(settings.base), MODEL_FILE)
-    else:
-        path, description = read_description(settings.adapter, ADAPTER_FILE)
-        source = settings.base or description.base_source
-    config = description.gpt2_config
-    if settings.model is not None and settings.model.name != description.card:
-        what = f"was made for model {description.card}, not {settings.model.name}"
-        raise UserError(path, what, f"leave model= out or use model={description.card}")
-    check_description(path, description, config, description.card, tokenizer)
-    model = build_base(config, source, description.card, tokenizer, description.seed)
+    card, config, seed, source = _described(settings, vocab_size)
+    if settings.model is not None and settings.model.name != card:
+        what = f"was made for model {card}, not {settings.model.name}"
+        raise UserError(settings.adapter or str(source), what, f"leave model= out or use model={card}")
+    model = build_base(config, source, card, tokenizer, seed)
     if settings.adapter is not None:
         load_adapter(model, settings.adapter)
         model.merge()
     return model
+
+
+def _described(settings: GenerateSettings, vocab_size: int) -> tuple[str, GPT2Config, int, str | None]:
+    """Card, sizes, seed and source of the base, as the adapter or the base says them, else as `model` does."""
+    if settings.adapter is not None:
+        _, description = read_description(settings.adapter)
+        source = settings.base or description.base_source
+        return description.card, description.gpt2_config, description.seed, source
+    source = str(settings.base)
+    if (own := describe_base(source)) is not None:
+        return own.card, own.gpt2_config, own.seed, source
+    if settings.model is None:
+        raise UserError(source, "does not say which model it is", "name the card, e.g. model=gpt2.md")
+    return settings.model.name, gpt2_config(settings.model, LoraSettings(), vocab_size), 0, source
 
 
 def checkpoint_file(resume: str | None) -> str | None:

@@ -142,7 +142,8 @@ def _unknown_keys(cfg: Any, schema: Any, path: str = "") -> Iterator[str]:
 def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:
     """Arguments that a `_target_` does not take."""
     for group in ("trainer", "callbacks", "logger"):
-        for path, node in _targets(OmegaConf.to_container(cfg.get(group, OmegaConf.create()), resolve=True), group):
+        nodes = OmegaConf.to_container(cfg.get(group, OmegaConf.create()), resolve=True)
+        for path, node in _targets(nodes, group):
             parameters = inspect.signature(get_object(node["_target_"])).parameters
             if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 continue

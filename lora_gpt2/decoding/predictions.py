@@ -1,7 +1,7 @@
 """The prediction loop: each different context once, spread over the ranks, written in row order."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,13 @@ class Query(NamedTuple):
 
 
 class Queries(Dataset[list[Query]]):
-    """The different contexts of a split in order of first appearance, and which of them each row has."""
+    """The different contexts of a split in order of first appearance; ``of_row``: which one a row has."""
 
     def __init__(self, contexts: Iterable[Sequence[int]], longest: int) -> None:
         """A context is cut to its last `longest` tokens; ``cut`` counts those."""
         numbers: dict[tuple[int, ...], int] = {}
-        self.of_row = [numbers.setdefault(tuple(context), len(numbers)) for context in contexts]
+        found = (numbers.setdefault(tuple(context), len(numbers)) for context in contexts)
+        self.of_row = dict(enumerate(found))
         self.contexts = [list(context[-longest:]) for context in numbers]
         self.cut = sum(len(context) > longest for context in numbers)
 
@@ -40,7 +41,7 @@ class Queries(Dataset[list[Query]]):
     def limit(self, count: int) -> None:
         """Keeps the first `count` contexts and the rows that have them."""
         self.contexts = self.contexts[:count]
-        self.of_row = [number for number in self.of_row if number < count]
+        self.of_row = {row: number for row, number in self.of_row.items() if number < count}
 
 
 class Decoding(LightningModule):
@@ -101,11 +102,15 @@ def merge_parts(folder: Path, ranks: int, queries: int) -> list[Hypothesis]:
 
 
 def write_predictions(
-    path: Path, of_row: Sequence[int], hypotheses: Sequence[Hypothesis], texts: Sequence[str], eval_len: int
+    path: Path,
+    of_row: Mapping[int, int],
+    hypotheses: Sequence[Hypothesis],
+    texts: Sequence[str],
+    eval_len: int,
 ) -> None:
     """One line a row, in order: {"id", "predict", "score", "text"}, predict zero-padded to `eval_len`."""
     lines = []
-    for row, number in enumerate(of_row):
+    for row, number in of_row.items():
         tokens, score = hypotheses[number]
         predict = tokens + [0] * (eval_len - len(tokens))
         line = {"id": row, "predict": predict, "score": score, "text": texts[number]}

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from lora_gpt2.data.batches import EncodedRows
 from lora_gpt2.decoding.predictions import Queries
+from lora_gpt2.evaluation.text_files import read_references
 from lora_gpt2.model.language_model import GPT2LMModel
 
 _console = Console(soft_wrap=True, highlight=False)
@@ -67,7 +68,7 @@ def scores(report: dict[str, Any]) -> None:
     first = next(iter(parts.values()))
     for metric in first["signatures"]:
         values = [part.get(metric) for part in parts.values()]
-        table.add_row(metric, *("n/a" if value is None else f"{value:.4f}" for value in values))
+        table.add_row(metric, *map(_figure, values))
     _console.print(table)
     for metric, signature in first["signatures"].items():
         _console.print(f"  {metric}: {first['notes'].get(metric) or signature}")
@@ -78,3 +79,48 @@ def artefacts(folder: Path) -> None:
     """The files of a run's folder."""
     names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir() if p.name[0] != ".")
     _console.print(f"in {folder}: {', '.join(names)}")
+
+
+@rank_zero_only
+def title(text: str) -> None:
+    _console.print(f"\n[bold]{text}[/bold]")
+
+
+@rank_zero_only
+def command(text: str) -> None:
+    _console.print(f"[dim]$ {text}[/dim]")
+
+
+@rank_zero_only
+def samples(before: Path, after: Path, count: int) -> None:
+    """A few inputs with a reference, and what the model wrote before and after adapting."""
+    texts = {
+        name: _lines(folder / "hypotheses.txt") for name, folder in (("base", before), ("adapted", after))
+    }
+    contexts = _lines(after / "contexts.txt")
+    references = read_references(after / "references.txt")
+    step = max(1, len(contexts) // count)
+    for i in range(0, step * count, step):
+        _console.print(f"\ninput     {contexts[i]}", markup=False)
+        for reference in references[i][:2]:
+            _console.print(f"reference {reference}", markup=False)
+        for name, lines in texts.items():
+            _console.print(f"{name:<9} {lines[i]}", markup=False, style="bold" if name == "adapted" else None)
+    _console.print()
+
+
+@rank_zero_only
+def before_and_after(before: dict[str, Any], after: dict[str, Any]) -> None:
+    """Two score reports side by side."""
+    table = Table("metric", "base", "adapted")
+    for metric in after["signatures"]:
+        table.add_row(metric, *(_figure(report[metric]) for report in (before, after)))
+    _console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.4f}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lora_gpt2.data.batches import Batch
@@ -35,7 +35,7 @@ class Progress(Callback):
             step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
             values = trainer.callback_metrics
             speed = self._tokens / (self._printed - self._start)
-            rank_zero_info(
+            _say(
                 f"  step {step}/{total}  epoch {trainer.current_epoch + 1}"
                 f"  loss {_value(values, 'train/loss')}  lr {values['lr']:.1e}"
                 f"  {speed:,.0f} tokens/s  {self._left(step - self._first_step, total - step)} left"
@@ -44,7 +44,7 @@ class Progress(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         values = trainer.callback_metrics
         if "valid/loss" in values:
-            rank_zero_info(
+            _say(
                 f"  step {trainer.global_step}  validation loss {_value(values, 'valid/loss')}"
                 f"  perplexity {_value(values, 'valid/perplexity')}"
                 f"  token accuracy {_value(values, 'valid/token_accuracy')}"
@@ -67,7 +67,7 @@ class Progress(Callback):
         if self._due():
             done, total = batch_idx + 1, int(trainer.num_predict_batches[0])
             speed = self._tokens / (self._printed - self._start)
-            rank_zero_info(
+            _say(
                 f"  decoded {self._tokens} contexts, batch {done}/{total}"
                 f"  {speed:.1f} contexts/s  {self._left(done, total - done)} left"
             )
@@ -102,13 +102,18 @@ class LowerRateOnPlateau(Callback):
             scheduler = trainer.lr_scheduler_configs[0].scheduler
             scheduler.base_lrs = [rate * settings.plateau_factor for rate in scheduler.base_lrs]
             self.stalled = 0
-            rank_zero_info(f"  validation loss stalled: the rate falls to {scheduler.base_lrs[0]:.1e}")
+            _say(f"  validation loss stalled: the rate falls to {scheduler.base_lrs[0]:.1e}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "stalled": self.stalled}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best, self.stalled = state_dict["best"], state_dict["stalled"]
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _value(values: dict[str, Tensor], name: str) -> str:

@@ -7,12 +7,12 @@ from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.store import ADAPTER_FILE, Description, base_hash, find, read_weights
 
 
-def read_description(source: str | Path, file_name: str) -> tuple[Path, Description]:
-    """The weight file at `source` (a run's folder or the file) and what it says of itself."""
-    path = find(source, file_name)
+def read_description(source: str | Path) -> tuple[Path, Description]:
+    """The adapter file at `source` (a run's folder or the file) and what it says of itself."""
+    path = find(source, ADAPTER_FILE)
     description, _ = read_weights(path)
-    if description is None:
-        raise UserError(path, "does not say what it is", "give a file that train.py wrote")
+    if description is None or description.kind != "adapter":
+        raise UserError(path, "holds no adapter of lora-gpt2", "give the run or the file of an adapter")
     return path, description
 
 
@@ -21,16 +21,13 @@ def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
 
     Raises UserError when the file is no adapter, was trained on another base, or with other LoRA settings.
     """
-    path = find(source, ADAPTER_FILE)
-    description, tensors = read_weights(path)
-    if description is None or description.kind != "adapter":
-        raise UserError(path, "holds no adapter of lora-gpt2", "give the run or the file of an adapter")
+    path, description = read_description(source)
     if (found := base_hash(model)) != description.base_sha256:
         origin = description.base_source or f"random weights, seed {description.seed}"
         what = f"was trained on another base (hash {description.base_sha256[:12]}…, this one {found[:12]}…)"
         raise UserError(path, what, f"give the base it was trained on with base=… (then it was: {origin})")
     try:
-        model.load_weight(tensors)
+        model.load_weight(read_weights(path)[1])
     except ValueError as error:
         do = "use the rank and targets the adapter was trained with"
         raise UserError(path, f"does not fit: {error}", do) from None

@@ -11,6 +11,7 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.store import MODEL_FILE, Description, read_weights
 
+_SUFFIXES = (".safetensors", ".bin", ".pt")
 _ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
 
 
@@ -32,6 +33,11 @@ def load_base(model: GPT2LMModel, source: str, card: str, tokenizer: str) -> Non
     except ValueError as error:
         do = "choose the model card that the weights belong to (model=…)"
         raise UserError(path, f"does not fit model {card}: {error}", do) from None
+
+
+def describe_base(source: str) -> Description | None:
+    """What the base at `source` says of itself; None where it is not one of ours. Raises UserError."""
+    return _read(_locate(source))[0]
 
 
 def check_description(
@@ -59,7 +65,7 @@ def _locate(source: str) -> Path:
             if (path / name).is_file():
                 return path / name
         raise UserError(path, f"holds neither {MODEL_FILE} nor pytorch_model.bin", "give a folder that does")
-    if path.exists() or path.suffix or source.count("/") != 1 or source.startswith((".", "/")):
+    if path.exists() or path.suffix in _SUFFIXES or source.count("/") != 1 or source[0] in "./~":
         return path
     return _download(source)
 
