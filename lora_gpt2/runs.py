@@ -55,7 +55,7 @@ def load(settings: GenerateSettings, tokenizer: str, vocab_size: int) -> GPT2LMM
 
 
 def _described(settings: GenerateSettings, vocab_size: int) -> tuple[str, GPT2Config, int, str | None]:
-    """Card, sizes, seed and source of the base, as the adapter or the base says them, else as `model` does."""
+    """Card, sizes, seed and source of the base: as the adapter or the base says, else as `model` does."""
     if settings.adapter is not None:
         _, description = read_description(settings.adapter)
         source = settings.base or description.base_source
