@@ -149,8 +149,8 @@ def _tokenizer(spec: str, corpus: str, inputs: dict[str, Input]) -> Tokenizer:
     if not size.isdecimal():
         what = "corpus:SIZE was expected, SIZE a number of entries"
         raise UserError(f"tokenizer {spec!r}", what, "write for instance corpus:2048")
-    if corpus in demo.DOMAINS:  # both domains share one, so that an adapter fits the other's base
-        rows = [row for domain in demo.DOMAINS for row in demo.rows(domain, "train")]
+    if corpus in demo.DOMAINS:  # the base domain's, in both, so that an adapter fits its base
+        rows = demo.rows("demo_base", "train")
     elif "train" not in inputs or inputs["train"].ids:
         raise UserError(f"tokenizer {spec!r}", "there is no train split of text to train it on", "use gpt2")
     else:

@@ -10,23 +10,42 @@ LANDMARKS = (
     "the glass market", "the piano school", "the railway station", "the copper fountain",
     "the painted gate", "the art college",
 )
+HOURS = ("in the morning", "in the afternoon", "at weekends", "every day", "from 9 to 5")
+VISITORS = ("families", "students", "children", "art lovers")
+# fmt: on
+
+
+def _in_turn(first: str, second: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All pairs of a word of each list, dealt in turn to two tuples that share every word but no pair."""
+    pairs = [(i + j, f"{a} {b}") for i, a in enumerate(first.split()) for j, b in enumerate(second.split())]
+    return tuple(pair for turn, pair in pairs if turn % 2), tuple(
+        pair for turn, pair in pairs if not turn % 2
+    )
+
+
+# Names and exhibits are too many to learn by heart: a model has to copy them, and can in the other world too.
+_PLACES, _SIGHTS = _in_turn(
+    "Paper Silver Blue Green Old Red Quiet Golden Copper Painted White Stone Little Glass North Wooden",
+    "Boat Spoon Kettle Corner Clock Table Door Harbour Map Lantern Garden Piano Star Pear River Fox "
+    "Heron Coin Station Maple Tower House Hall Rooms",
+)
+_DECORATION, _EXHIBITS = _in_turn(
+    "old rare wooden paper glass painted copper stone Greek French Japanese Indian",
+    "clocks maps toys boats plates pianos coins paintings lanterns pots lamps books",
+)
 
 EATING = Domain(
     values={
-        "name": (
-            "The Paper Boat", "Silver Spoon", "The Blue Kettle", "Olive Corner", "The Clock House",
-            "Maple Table", "The Green Door", "Little Harbour", "The Old Map", "Red Lantern",
-            "The Glass Garden", "Stone Oven", "The Quiet Piano", "North Star", "The Toy Box",
-            "Golden Pear", "The River Room", "Three Foxes", "The Copper Pot", "Station Gallery",
-            "The Painted Plate", "White Heron", "The Coin and Cup", "Kettle Hall",
-        ),
+        "name": tuple(f"The {place}" for place in _PLACES),
         "type": ("restaurant", "café", "tea room", "bistro", "wine bar", "pub"),
         "food": ("Italian", "Indian", "Greek", "Mexican", "Japanese", "French", "vegetarian", "English"),
-        "price": ("low", "moderate", "high"),
+        "price": ("low", "moderate", "high", "10 euros", "20 euros", "30 euros"),
         "area": AREAS,
         "rating": ("1 out of 5", "2 out of 5", "3 out of 5", "4 out of 5", "5 out of 5"),
         "children": ("welcome", "not welcome"),
-        "extra": ("live music", "a garden", "free parking", "a toy corner", "old paintings", "printed menus"),
+        "guests": VISITORS,
+        "serving": HOURS,
+        "decoration": _DECORATION,
         "near": LANDMARKS,
     },
     openings=(
@@ -43,7 +62,8 @@ EATING = Domain(
         "for {food} food, try {name}, {np}.",
         "if you like {food} food, go to {name}, {np}.",
         "{name}, {np}, is rated {rating}.",
-        "{name}, {np}, has {extra}.",
+        "{name}, {np}, has {decoration} on its walls.",
+        "{guests} like {name}, {np}.",
     ),
     before={
         "price=low": ("cheap", "low-priced"),
@@ -57,18 +77,27 @@ EATING = Domain(
         "near": ("near {near}", "close to {near}", "not far from {near}"),
         "food": ("serving {food} food", "that serves {food} food"),
         "rating": ("with a rating of {rating}", "rated {rating}"),
-        "extra": ("offering {extra}", "that has {extra}"),
+        "decoration": ("decorated with {decoration}", "with {decoration} on its walls"),
+        "serving": ("that opens {serving}",),
     },
     verbs={
         "food": ("serves {food} food", "offers {food} dishes", "cooks {food} meals"),
-        "price": ("has {price} prices", "offers meals at {price} prices"),
+        "price": ("charges {price} for a meal", "offers meals for {price}"),
+        "price=low": ("has low prices", "offers meals at low prices"),
+        "price=moderate": ("has moderate prices", "offers meals at moderate prices"),
+        "price=high": ("has high prices", "offers meals at high prices"),
         "area": ("is located in the {area}", "lies in the {area}"),
         "rating": ("is rated {rating}", "has a rating of {rating}"),
-        "extra": ("offers {extra}", "has {extra}"),
+        "guests": ("is a favourite of {guests}", "is made for {guests}"),
+        "serving": ("serves guests {serving}", "opens {serving}"),
+        "decoration": ("is decorated with {decoration}", "shows {decoration} on its walls"),
         "near": ("is near {near}", "stands close to {near}"),
     },
     clauses={
-        "price": ("prices are {price}", "you pay {price} prices here"),
+        "price": ("a meal costs {price}", "you pay {price} for a meal"),
+        "price=low": ("prices are low",),
+        "price=moderate": ("prices are moderate",),
+        "price=high": ("prices are high",),
         "area": ("you can find it in the {area}", "come and see it in the {area}"),
         "rating": (
             "guests rate it {rating}",
@@ -76,29 +105,22 @@ EATING = Domain(
             "the city guide rates it {rating}",
         ),
         "children": ("children are {children}", "families should know that children are {children}"),
+        "guests": ("{guests} like it",),
+        "serving": ("come {serving}", "you can eat here {serving}"),
         "near": ("you can find it near {near}",),
     },
 )
 
 MUSEUMS = Domain(
     values={
-        "name": (
-            "Heron House", "The Lantern Rooms", "Harbour Hall", "The Green Yard", "Maple Hall",
-            "The Fox Rooms", "Silver Hall", "The Old Station", "Pear Garden House", "Copper Hall",
-            "The Paper Rooms", "Star House", "Stone Hall", "The Painted House", "River House",
-            "The Blue Rooms",
-        ),
+        "name": tuple(f"The {place}" for place in _SIGHTS),
         "kind": ("museum", "gallery", "art house", "exhibition hall"),
-        "shows": (
-            "old clocks", "rare maps", "wooden toys", "paper boats", "river stones", "glass plates",
-            "painted pianos", "Greek coins", "French paintings", "Japanese lanterns", "copper pots",
-            "Indian lamps",
-        ),
+        "shows": _EXHIBITS,
         "ticket": ("free", "4 euros", "8 euros", "12 euros"),
-        "hours": ("in the morning", "in the afternoon", "at weekends", "every day", "from 9 to 5"),
+        "hours": HOURS,
         "area": AREAS,
         "guide": ("audio guide", "guided tour", "printed guide", "school tour"),
-        "visitors": ("families", "students", "children", "art lovers"),
+        "visitors": VISITORS,
         "landmark": LANDMARKS,
     },
     openings=(
