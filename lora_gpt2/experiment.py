@@ -52,9 +52,13 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
         model,
         settings.optimizer,
         settings.label_smoothing,
+        settings.seed,
         base_sha256=base_hash(model) if settings.lora.rank else "",
     )
     screen.model(settings.model.name, model)
+    if settings.lora.rank and settings.base is None:
+        screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
+    runs.keep_metrics(folder)
     trainer = _trainer(settings.trainer, settings.callbacks, settings.logger, folder)
     trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
     loss = runs.keep_weights(trainer, module, settings.keep, folder)
@@ -100,6 +104,10 @@ def _quiet() -> None:
         r"Couldn't infer the batch indices",  # LengthBuckets is a sampler of batches
         r".*does not have many workers",  # batches come from arrays in memory
         r"Checkpoint directory .* exists",  # two callbacks write there
+        r"The dirpath has changed",  # a resumed run takes its best weights along
+        r"It is recommended to use `self.log\('valid/",  # StageMetrics are over all ranks already
+        r"The number of training batches .* is smaller than the logging interval",
+        r"You're resuming from a checkpoint that ended before",  # LengthBuckets goes on where it stopped
     ):
         warnings.filterwarnings("ignore", message=expected)
 

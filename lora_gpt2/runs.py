@@ -8,6 +8,7 @@ import torch
 from hydra.utils import get_object
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 from lora_gpt2.data.tokenizer import Tokenizer
 from lora_gpt2.errors import UserError
@@ -78,9 +79,17 @@ def checkpoint_file(resume: str | None) -> str | None:
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises several kinds for a damaged file
-        what = f"is not a whole checkpoint ({str(error).splitlines()[0]})"
+        what = f"is not a whole checkpoint ({str(error).split('.')[0]})"
         raise UserError(path, what, "resume from another checkpoint of the run, or train again") from None
     return str(path)
+
+
+@rank_zero_only
+def keep_metrics(folder: Path) -> None:
+    """Moves an earlier run's metrics.csv out of the logger's way, which would delete it."""
+    if (old := folder / "metrics.csv").is_file():
+        count = len(list(folder.glob("metrics.*.csv")))
+        old.rename(folder / f"metrics.{count + 1}.csv")
 
 
 def keep_weights(trainer: Trainer, module: LanguageModeling, keep: Keep, folder: Path) -> float | None:

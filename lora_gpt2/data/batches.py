@@ -1,6 +1,6 @@
 """Rows to batches: dynamic padding, length buckets, a fair share for each rank.  B rows, T tokens."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from lora_gpt2.data.jsonl import Row
+from lora_gpt2.errors import UserError
 
 PAD = 0
 """The published implementation pads with token 0; behind every real token, it is never read."""
@@ -23,6 +24,8 @@ class Batch(NamedTuple):
     """(B, T) true where the label counts: completion tokens, or every real one (jlm)."""
     rows: Tensor
     """(B,) row numbers in the file."""
+    tokens: int
+    """Tokens that the model runs over, padding left out."""
 
 
 class EncodedRows(Dataset[Batch]):
@@ -66,7 +69,8 @@ class EncodedRows(Dataset[Batch]):
         counts = real[:, 1:]
         if not self.every_token:
             counts = counts & (columns[1:] >= self.contexts[index, None])
-        return Batch(ids[:, :-1], ids[:, 1:], counts, index)
+        tokens = int(lengths.sum()) - len(index)
+        return Batch(ids[:, :-1], ids[:, 1:], counts, index, tokens)
 
 
 class LengthBuckets(Sampler[list[int]]):
@@ -76,7 +80,8 @@ class LengthBuckets(Sampler[list[int]]):
     batches, and the batches shuffled again. Every rank gets the same number of batches, as gradient
     exchange needs: the sizes then differ by one row at most and none exceeds `batch_size`. The order
     depends on `seed` and the epoch alone. `bucket` 0 turns sorting off; without `shuffle` rows come
-    longest first and ranks may differ by one batch.
+    longest first, and of fewer rows than ranks some ranks get none. An epoch that was interrupted goes on
+    behind the first `skip()` batches.
     """
 
     def __init__(
@@ -89,25 +94,27 @@ class LengthBuckets(Sampler[list[int]]):
         bucket: int = 100,
         rank: int = 0,
         ranks: int = 1,
+        skip: Callable[[], int] = lambda: 0,
     ) -> None:
         self.lengths, self.batch_size, self.shuffle = lengths, batch_size, shuffle
         self.seed, self.bucket, self.rank, self.ranks = seed, bucket, rank, ranks
-        self.epoch = self.start = 0
+        self.skip, self.epoch = skip, 0
         batches = -(-len(lengths) // batch_size)
-        self.batches = -(-batches // ranks) * ranks if shuffle else batches
-        if shuffle and self.batches > len(lengths):
-            raise ValueError(f"{len(lengths)} rows are too few for {ranks} devices")
+        self.batches = -(-batches // ranks) * ranks
+        if self.batches > len(lengths):
+            if shuffle:
+                what = f"{len(lengths)} rows are too few for {ranks} devices"
+                raise UserError("data", what, "set trainer.devices lower")
+            self.batches = len(lengths)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.batches, self.ranks)) - self.start
+        return len(range(self.rank, self.batches, self.ranks))
 
     def __iter__(self) -> Iterator[list[int]]:
-        mine = self._batches()[self.rank :: self.ranks]
-        start, self.start = self.start, 0
-        yield from mine[start:]
+        yield from self._batches()[self.rank :: self.ranks][self.skip() :]
 
     def _batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

@@ -43,15 +43,12 @@ class DataSettings:
     """Rows of a validation batch, on each device."""
     bucket: int = 100
     """Batches among which rows are sorted by length; 0: no sorting."""
-    workers: int = 0
-    """Processes that prepare batches; 0: the training process itself."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "batch_size", "eval_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("bucket", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} must be at least 0, not {getattr(self, name)}")
+        if self.bucket < 0:
+            raise ValueError(f"data.bucket must be at least 0, not {self.bucket}")
         if self.root is None and self.corpus not in (Corpus.demo, Corpus.demo_base):
             raise ValueError(f"data.root is missing: set it to the folder of the {self.corpus.value} files")

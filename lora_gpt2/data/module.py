@@ -25,6 +25,7 @@ class DataToText(LightningDataModule):
     def __init__(self, settings: DataSettings, tokenizer: str, seed: int) -> None:
         """`tokenizer` is the source to use where the settings name none."""
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation rows than ranks
         self.settings, self.seed = settings, seed
         root = Path(settings.root).expanduser() if settings.root else None
         self.folder = encoded(
@@ -32,9 +33,7 @@ class DataToText(LightningDataModule):
         )
         self.meta: dict[str, Any] = read_json(self.folder / "meta.json", "encode the corpus again")
         self.tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
-        self._train: EncodedRows | None = None
-        self._train_batches: LengthBuckets | None = None
-        self._resume_from = 0
+        self._rows: dict[str, EncodedRows] = {}
 
     def rows(self, split: str, positions: int) -> Iterator[Row]:
         """The rows of a split. Raises UserError for one whose context leaves no position for an answer."""
@@ -54,45 +53,34 @@ class DataToText(LightningDataModule):
         if self.settings.seq_len > positions:
             what = f"{self.settings.seq_len} is more than the model's {positions} positions"
             raise UserError("data.seq_len", what, f"set data.seq_len={positions} or use a larger model")
-        self._train, self._valid = self.split("train", positions), self.split("valid", positions)
+        self._rows = {name: self.split(name, positions) for name in ("train", "valid")}
 
     @property
     def train_rows(self) -> EncodedRows:
-        assert self._train is not None, "load() comes first"
-        return self._train
+        return self._rows["train"]
 
     @property
     def valid_rows(self) -> EncodedRows:
-        return self._valid
+        return self._rows["valid"]
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        batches = self._batches(self.train_rows, self.settings.batch_size, shuffle=True)
-        batches.start, self._resume_from = self._resume_from, 0
-        return self._loader(self.train_rows, batches)
+        return self._loader(self.train_rows, self.settings.batch_size, shuffle=True, skip=self._served)
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(
-            self._valid, self._batches(self._valid, self.settings.eval_batch_size, shuffle=False)
-        )
+        return self._loader(self.valid_rows, self.settings.eval_batch_size, shuffle=False)
 
-    def _batches(self, rows: EncodedRows, batch_size: int, shuffle: bool) -> LengthBuckets:
-        rank, ranks = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return LengthBuckets(
+    def _loader(self, rows: EncodedRows, batch_size: int, **options: Any) -> DataLoader[Batch]:
+        batches = LengthBuckets(
             rows.lengths,
             batch_size,
-            shuffle=shuffle,
             seed=self.seed,
             bucket=self.settings.bucket,
-            rank=rank,
-            ranks=ranks,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            ranks=self.trainer.world_size if self.trainer else 1,
+            **options,
         )
+        return DataLoader(rows, sampler=batches, batch_size=None)
 
-    def _loader(self, rows: EncodedRows, batches: LengthBuckets) -> DataLoader[Batch]:
-        return DataLoader(
-            rows,
-            sampler=batches,
-            batch_size=None,
-            num_workers=self.settings.workers,
-            persistent_workers=self.settings.workers > 0,
-            pin_memory=False,
-        )
+    def _served(self) -> int:
+        """Batches of this epoch that were trained on, before the run was resumed."""
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0

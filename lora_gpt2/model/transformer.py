@@ -98,11 +98,15 @@ class GPT2Model(nn.Module):
         input_ids: Tensor,
         position_ids: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
+        token_type_ids: Tensor | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, C). `position_ids` broadcasts to (B, T); default 0 .. T - 1."""
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
-        x = self.drop(self.wte(input_ids) + self.wpe(position_ids))
+        x = self.wte(input_ids) + self.wpe(position_ids)
+        if token_type_ids is not None:
+            x = x + self.wte(token_type_ids)
+        x = self.drop(x)
         for i, block in enumerate(self.h):
             x = block(x, caches[i] if caches else None)
         return self.ln_f(x)
@@ -125,9 +129,7 @@ class GPT2Model(nn.Module):
         caches = [RowCache(past[i] if past else None, len_past) for i in range(len(self.h))]
         if position_ids is None:
             position_ids = self._positions(input_ids, past, len_past)
-        if token_type_ids is not None:
-            raise ValueError("token_type_ids are not used by GPT-2; leave them out")
-        hidden = self.hidden_states(input_ids, position_ids, caches)
+        hidden = self.hidden_states(input_ids, position_ids, caches, token_type_ids)
         return hidden, [cache.present for cache in caches if cache.present is not None]
 
     def _positions(self, ids: Tensor, past: Sequence[Tensor] | None, len_past: Tensor | None) -> Tensor:

@@ -18,8 +18,7 @@ _console = Console(soft_wrap=True, highlight=False)
 @rank_zero_only
 def corpus(meta: dict[str, Any]) -> None:
     """The encoded corpus in numbers; `meta` is what meta.json holds."""
-    tokenizer = meta["tokenizer"]
-    title = f"corpus {meta['corpus']}, tokenizer {tokenizer['source']} ({tokenizer['vocab_size']:,} tokens)"
+    title = f"corpus {meta['corpus']}, BPE of {meta['tokenizer']['vocab_size']:,} entries"
     table = Table("split", "rows", "contexts", "tokens/context", "tokens/completion", "longest", title=title)
     for name, split in meta["splits"].items():
         counts = f"{split['rows']:,}", f"{split['contexts']:,}"
@@ -79,6 +78,11 @@ def artefacts(folder: Path) -> None:
     """The files of a run's folder."""
     names = sorted(p.name + ("/" if p.is_dir() else "") for p in folder.iterdir() if p.name[0] != ".")
     _console.print(f"in {folder}: {', '.join(names)}")
+
+
+@rank_zero_only
+def note(text: str) -> None:
+    _console.print(f"[yellow]note: {text}[/yellow]")
 
 
 @rank_zero_only

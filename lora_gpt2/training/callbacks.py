@@ -1,9 +1,12 @@
 """Callbacks that Lightning does not have: a report for screens and log files, and the plateau schedule."""
 
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -30,7 +33,7 @@ class Progress(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self._tokens += int((batch.input_ids != 0).sum())
+        self._tokens += batch.tokens
         if self._due():
             step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
             values = trainer.callback_metrics
@@ -82,6 +85,24 @@ class Progress(Callback):
     def _left(self, done: int, left: int) -> str:
         seconds = int((self._printed - self._start) / max(1, done) * left)
         return f"{seconds // 60}:{seconds % 60:02}"
+
+
+class BestCheckpoints(ModelCheckpoint):
+    """ModelCheckpoint that, resumed in another folder, takes the best weights so far along."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath))
+        moved = {path: str(here / Path(path).name) for path in state_dict["best_k_models"]}
+        if str(here) != state_dict["dirpath"] and all(Path(path).is_file() for path in moved):
+            here.mkdir(parents=True, exist_ok=True)
+            for old, new in moved.items():
+                shutil.copyfile(old, new)
+            models = {moved[path]: score for path, score in state_dict["best_k_models"].items()}
+            paths = {
+                key: moved.get(state_dict[key], "") for key in ("best_model_path", "kth_best_model_path")
+            }
+            state_dict = {**state_dict, **paths, "dirpath": self.dirpath, "best_k_models": models}
+        super().load_state_dict(state_dict)
 
 
 class LowerRateOnPlateau(Callback):

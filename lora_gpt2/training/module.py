@@ -1,11 +1,14 @@
 """The LightningModule: wires model, loss, metrics and optimizer, and computes nothing itself."""
 
+from functools import reduce
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
 
 from lora_gpt2.data.batches import Batch
+from lora_gpt2.errors import UserError
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.training.accuracy import StageMetrics
@@ -21,15 +24,25 @@ class LanguageModeling(LightningModule):
     """
 
     def __init__(
-        self, model: GPT2LMModel, optimizer: OptimizerSettings, label_smoothing: float, base_sha256: str = ""
+        self,
+        model: GPT2LMModel,
+        optimizer: OptimizerSettings,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+        base_sha256: str = "",
     ) -> None:
         super().__init__()
         self.model = model
         self.optimizer_settings, self.label_smoothing = optimizer, label_smoothing
-        self.base_sha256 = base_sha256
+        self.seed, self.base_sha256 = seed, base_sha256
         self.valid_metrics = StageMetrics()
         if model.lora_layers():
             model.train_only_lora()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds dropout by the place in the run: a resumed run goes on bit for bit, and ranks differ."""
+        place = self.seed, self.current_epoch, batch_idx, self.global_rank
+        torch.manual_seed(reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, place))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.model.completion_loss(batch.input_ids, batch.labels, batch.mask, self.label_smoothing)
@@ -57,7 +70,18 @@ class LanguageModeling(LightningModule):
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_lora(k)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if (theirs := checkpoint.get("base_sha256", "")) != self.base_sha256:
-            found = f"{theirs[:12] or 'none'}, this run has {self.base_sha256[:12] or 'none'}"
-            raise ValueError(f"the checkpoint belongs to another base ({found})")
-        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+        """Fills in the frozen base. Raises UserError for a checkpoint of another model or another base."""
+        own, theirs = self.state_dict(), checkpoint["state_dict"]
+        misfits = [
+            name for name, value in theirs.items() if name not in own or own[name].shape != value.shape
+        ]
+        if misfits:
+            what = (
+                f"the checkpoint is of another model: {misfits[0]} differs, as do {len(misfits) - 1} others"
+            )
+            raise UserError("resume", what, "give the model and LoRA settings of that run")
+        if (base := checkpoint.get("base_sha256", "")) != self.base_sha256:
+            hashes = f"{base[:12] or 'none'}, here {self.base_sha256[:12] or 'none'}"
+            what = f"the checkpoint belongs to another base (hash {hashes})"
+            raise UserError("resume", what, "give the base and the seed of that run")
+        checkpoint["state_dict"] = {**own, **theirs}

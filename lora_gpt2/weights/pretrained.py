@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.hub import fetch
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.store import MODEL_FILE, Description, read_weights
@@ -51,7 +52,8 @@ def check_description(
         if theirs[name] != getattr(config, name)
     ]
     if differing:
-        what = f"was made for model {description.card}, not {card}: it has {', '.join(differing)}"
+        other = f"model {description.card}, not {card}" if description.card != card else f"another {card}"
+        what = f"was made for {other}: it has {', '.join(differing)}"
         raise UserError(path, what, f"use model={description.card} and the data it was made with")
     if description.tokenizer != tokenizer:
         what = f"was made with tokenizer {description.tokenizer[:12]}…, the data has {tokenizer[:12]}…"
@@ -67,18 +69,8 @@ def _locate(source: str) -> Path:
         raise UserError(path, f"holds neither {MODEL_FILE} nor pytorch_model.bin", "give a folder that does")
     if path.exists() or path.suffix in _SUFFIXES or source.count("/") != 1 or source[0] in "./~":
         return path
-    return _download(source)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import hf_hub_download  # heavy, and only needed here
-
-    try:
-        return Path(hf_hub_download(name, MODEL_FILE, etag_timeout=10))
-    except Exception as error:  # the hub's client raises errors of four libraries
-        what = f"is no local path and could not be fetched from the hub ({type(error).__name__})"
-        do = "check the name and the network, or download the folder elsewhere and give its path"
-        raise UserError(f"base={name}", what, do) from None
+    do = "check the name and the network, or download the folder elsewhere and give its path"
+    return fetch(source, MODEL_FILE, f"base={source}", do)
 
 
 def _read(path: Path) -> tuple[Description | None, dict[str, Tensor]]:

@@ -1,0 +1,33 @@
+"""One file of a repository on the model hub: from the local cache, else over the network, else an error."""
+
+from pathlib import Path
+
+from lora_gpt2.errors import UserError
+
+SECONDS = 5.0
+"""How long the hub may take to answer."""
+
+
+def fetch(repository: str, name: str, where: str, do: str, revision: str | None = None) -> Path:
+    """The local path of the file `name`. Raises UserError, with `where` and `do`, when it is not had."""
+    import huggingface_hub as hub  # slow to import, and needed only without local files
+
+    try:
+        try:
+            return Path(hub.hf_hub_download(repository, name, revision=revision, local_files_only=True))
+        except hub.errors.LocalEntryNotFoundError:
+            # Asked first because this asks once, where the download would retry for half a minute.
+            hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=revision), timeout=SECONDS)
+            return Path(hub.hf_hub_download(repository, name, revision=revision, etag_timeout=SECONDS))
+    except Exception as error:
+        if not _comes_from_the_hub(error):
+            raise
+        first_line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        what = f"{name} of {repository} is not in the local cache and the hub gave {first_line}"
+        raise UserError(where, what, do) from None
+
+
+def _comes_from_the_hub(error: Exception) -> bool:
+    """Whether it is a fault of the network or the repository, not of the program."""
+    libraries = ("huggingface_hub", "httpx", "httpcore", "requests", "urllib3")  # httpx2 as well
+    return isinstance(error, OSError) or type(error).__module__.startswith(libraries)

@@ -1,0 +1,62 @@
+"""What several tests share: a tiny corpus, and experiments run in this process."""
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from lora_gpt2 import experiment, settings
+from lora_gpt2.data.jsonl import TextRow, write_text_rows
+
+TINY = ["model.n_layer=2", "model.n_embd=16", "model.n_head=2", "model.n_positions=64", "data.seq_len=64"]
+
+
+def settings_of(script: str, overrides: list[str]) -> Any:
+    """The settings that ``python SCRIPT.py OVERRIDES`` would run with."""
+    settings.register()
+    with initialize_config_module("configs", version_base="1.3"):
+        cfg = compose(script, overrides=overrides)
+    schema = settings.TrainSettings if script == "train" else settings.GenerateSettings
+    return settings.resolve(cfg, schema)
+
+
+def train(folder: Path, *overrides: str) -> float | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    return experiment.train(settings_of("train", list(overrides)), folder)
+
+
+def generate(folder: Path, *overrides: str) -> dict[str, Any] | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    return experiment.generate(settings_of("generate", list(overrides)), folder)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    """Encoded corpora of tests are kept for the session, away from the user's."""
+    monkeypatch.setenv("LORA_GPT2_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def tiny_rows(count: int, seed: int) -> list[TextRow]:
+    """Rows of 1 to 4 words and their repetition; two rows for most contexts."""
+    random = Random(seed)
+    words = ["red", "green", "blue", "old", "new", "small", "large", "cat", "dog", "fox", "bird", "tree"]
+    contexts = [" ".join(random.choices(words, k=random.randint(1, 4))) for _ in range((count + 1) // 2)]
+    return [TextRow(contexts[i // 2], f"{contexts[i // 2]} !" + " ?" * (i % 2)) for i in range(count)]
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory) -> Path:
+    """A folder of text rows: 41 train, 9 valid, 7 test."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for seed, (split, count) in enumerate({"train": 41, "valid": 9, "test": 7}.items()):
+        write_text_rows(folder / f"{split}.jsonl", tiny_rows(count, seed))
+    return folder
+
+
+@pytest.fixture
+def tiny(tiny_corpus) -> list[str]:
+    """Overrides for training a tiny model on the tiny corpus: 6 steps an epoch."""
+    return [*TINY, "data=jsonl", f"data.root={tiny_corpus}", "data.tokenizer=corpus:280", "data.batch_size=7",
+            "optimizer.warmup_steps=2", "optimizer.lr=1e-2", "trainer.max_epochs=3"]  # fmt: skip

@@ -1,0 +1,52 @@
+"""An interrupted run that is resumed ends in the very numbers of one that was not."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from safetensors.torch import load_file
+
+from tests.conftest import train
+
+MORE = ["model.dropout=0.2", "callbacks.last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(Callback):
+    """Ends the process' work behind a step, after its checkpoint was written."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Killed
+
+
+def losses(folder: Path) -> dict[int, float]:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        return {int(r["step"]): float(r["train/loss"]) for r in csv.DictReader(file) if r["train/loss"]}
+
+
+@pytest.mark.parametrize("lora", [[], ["lora=qv", "lora.dropout=0.3"]], ids=["whole model", "adapter"])
+@pytest.mark.parametrize("extra", [[], ["trainer.max_steps=16"], ["trainer.accumulate_grad_batches=2"]])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, lora, extra):
+    arguments = [*tiny, *MORE, *lora, *extra]
+    whole = tmp_path / "whole"
+    train(whole, *arguments)
+    file = "adapter.safetensors" if lora else "model.safetensors"
+    expected, steps = load_file(whole / file), losses(whole)
+    for step in (1, 3, 6, 7, 8):
+        broken, resumed = tmp_path / f"broken-{step}", tmp_path / f"resumed-{step}"
+        kill = f"+callbacks.kill={{_target_: tests.training.test_resume.KillAfter, step: {step}}}"
+        with pytest.raises(Killed):
+            train(broken, *arguments, kill)
+        train(resumed, *arguments, f"resume={broken}")
+        got, tail = load_file(resumed / file), losses(resumed)
+        assert tail == {k: v for k, v in steps.items() if k >= step}, step
+        assert all(torch.equal(got[name], expected[name]) for name in expected), step
