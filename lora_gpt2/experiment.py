@@ -1,13 +1,16 @@
 """The two experiments, step by step in the order in which data flows. Only wires."""
 
+import json
 import logging
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from lightning import Trainer, seed_everything
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from lora_gpt2 import runs
@@ -58,8 +61,7 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     screen.model(settings.model.name, model)
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
-    runs.keep_metrics(folder)
-    trainer = _trainer(settings.trainer, settings.callbacks, settings.logger, folder)
+    trainer = _trainer(settings.trainer, settings.callbacks, _logger(settings, folder), folder)
     trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
     loss = runs.keep_weights(trainer, module, settings.keep, folder)
     if trainer.is_global_zero:
@@ -79,7 +81,7 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
     screen.queries(settings.split, queries)
     end_tokens = settings.decoding.end_tokens or data.tokenizer.end_tokens
     callbacks = {"writer": PartWriter(folder), **settings.callbacks}
-    trainer = _trainer(settings.trainer, callbacks, {}, folder)
+    trainer = _trainer(settings.trainer, callbacks, None, folder)
     loader = _query_loader(queries, settings.decoding.batch_size, trainer)
     trainer.predict(Decoding(model.eval(), settings.decoding, end_tokens), loader, return_predictions=False)
     trainer.strategy.barrier()
@@ -120,11 +122,27 @@ def _config(settings: TrainSettings, data: DataToText) -> GPT2Config:
 
 
 def _trainer(
-    arguments: dict[str, Any], callbacks: dict[str, Any], logger: dict[str, Any], folder: Path
+    arguments: dict[str, Any], callbacks: dict[str, Any], logger: Logger | None, folder: Path
 ) -> Trainer:
     built = [_build(callback, dirpath=str(folder / "checkpoints")) for callback in callbacks.values()]
-    log = _build(logger, save_dir=str(folder), name="", version="") if logger else False
-    return instantiate(arguments, default_root_dir=str(folder), callbacks=built, logger=log)
+    return instantiate(arguments, default_root_dir=str(folder), callbacks=built, logger=logger or False)
+
+
+def _logger(settings: TrainSettings, folder: Path) -> Logger | None:
+    """The logger, with every setting noted in it."""
+    if not settings.logger:
+        return None
+    runs.keep_metrics(folder)
+    logger: Logger = _build(settings.logger, save_dir=str(folder), name="", version="")
+    try:
+        logger.log_hyperparams(json.loads(json.dumps(asdict(settings))))
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb"):
+            raise
+        raise UserError(
+            "logger", f"W&B says: {error}", "see wandb login, or set logger.offline=true"
+        ) from None
+    return logger
 
 
 def _build(node: Any, **where: str) -> Any:

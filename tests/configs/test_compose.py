@@ -1,0 +1,101 @@
+"""Every option of every group and every preset composes, resolves and means what the paper says."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_gpt2.settings import ConfigError
+from tests.conftest import settings_of
+
+ROOT = Path(__file__).parents[2]
+ROOTED = {"e2e", "webnlg", "dart", "jsonl"}
+"""Corpora that are read from files."""
+
+
+def options(script: str) -> list[tuple[str, str]]:
+    defaults = yaml.safe_load((ROOT / "configs" / f"{script}.yaml").read_text())["defaults"]
+    groups = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
+    found = [(group, path.stem) for group in groups for path in (ROOT / "configs" / group).glob("*.yaml")]
+    assert found
+    return sorted(found)
+
+
+def needed(group: str, option: str) -> list[str]:
+    return ["data.root=somewhere"] if group == "data" and option in ROOTED else []
+
+
+PRESETS = sorted(path.relative_to(ROOT / "conf_presets") for path in (ROOT / "conf_presets").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(("group", "option"), options("train"))
+def test_every_training_option_composes(group, option):
+    settings_of("train", [f"{group}={option}", *needed(group, option)])
+
+
+@pytest.mark.parametrize(("group", "option"), options("generate"))
+def test_every_decoding_option_composes(group, option):
+    settings_of("generate", ["base=somewhere", f"{group}={option}", *needed(group, option)])
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=str)
+def test_every_preset_composes_and_is_named_in_the_help(preset):
+    choice = f"{preset.parent}={preset.stem}"
+    settings_of("train", [choice, "data.root=somewhere"] if preset.parent.name != "demo" else [choice])
+    assert choice in (ROOT / "configs" / "train.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("card", ["md", "lg"])
+@pytest.mark.parametrize(
+    ("corpus", "smoothing", "dropout", "decay"),
+    [("e2e", 0.1, 0.1, 0.01), ("webnlg", 0.1, 0.1, 0.01), ("dart", 0.0, 0.0, 0.0)],
+)
+def test_the_papers_presets_hold_table_11(card, corpus, smoothing, dropout, decay):
+    run = settings_of("train", [f"paper={corpus}_gpt2_{card}", "data.root=somewhere"])
+    assert run.model.name == f"gpt2.{card}"
+    assert run.base == {"md": "openai-community/gpt2-medium", "lg": "openai-community/gpt2-large"}[card]
+    assert (run.lora.rank, run.lora.alpha, run.lora.dropout) == (4, 32, dropout)
+    assert [target.value for target in run.lora.targets] == ["q", "v"]
+    assert (run.optimizer.lr, run.optimizer.weight_decay, run.optimizer.warmup_steps) == (2e-4, decay, 500)
+    assert (run.optimizer.schedule.value, tuple(run.optimizer.betas)) == ("linear", (0.9, 0.999))
+    assert (run.data.batch_size, run.data.seq_len, run.trainer["max_epochs"]) == (8, 512, 5)
+    assert run.label_smoothing == smoothing
+
+
+def test_the_papers_decoding_is_the_default():
+    decoding = settings_of("generate", ["base=x"]).decoding
+    assert (decoding.beam_size, decoding.length_penalty, decoding.no_repeat_ngram_size) == (10, 0.9, 4)
+    assert settings_of("generate", ["base=x", "decoding=webnlg"]).decoding.length_penalty == 0.8
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+papr=x", "papr: no such setting"),
+        ("+lora.rnk=3", "lora.rnk: no such setting, did you mean lora.rank?"),
+        ("+trainer.max_epoch=3", "trainer.max_epoch: no such argument of lightning.Trainer, did you mean"),
+        ("+callbacks.progress.evry=3", "callbacks.progress.evry: no such argument of"),
+        ("label_smoothing=1.5", r"label_smoothing must be in \[0, 1\), not 1.5"),
+        ("data.batch_size=0", "data.batch_size must be at least 1, not 0"),
+        ("data=e2e", "data.root is missing"),
+        ("optimizer.lr=-1", "optimizer.lr must be above 0"),
+    ],
+)
+def test_a_wrong_setting_is_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        settings_of("train", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "neither adapter nor base is set"),
+        (["base=x", "split=dev"], "split must be train, valid or test, not dev"),
+        (["base=x", "limit=0"], "limit must be at least 1"),
+        (["base=x", "decoding.beam_size=0"], "decoding.beam_size must be at least 1"),
+        (["base=x", "decoding.end_tokens=[]"], "decoding.end_tokens must name at least one"),
+    ],
+)
+def test_a_wrong_decoding_setting_is_named(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        settings_of("generate", overrides)

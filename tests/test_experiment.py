@@ -1,0 +1,210 @@
+"""The two scripts as a user starts them, from raw rows to scores."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_gpt2 import runs
+from lora_gpt2.data.jsonl import read_text_rows
+from lora_gpt2.data.tokenizer import load_tokenizer
+from lora_gpt2.errors import UserError
+from tests.conftest import TINY, generate, settings_of, train
+
+ROOT = Path(__file__).parents[1]
+DECODING = ["data=jsonl", "data.seq_len=64", "decoding.eval_len=16", "decoding.beam_size=3"]
+
+
+def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / f"{name}.py", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_corpus) -> Path:
+    """A base that has learned to repeat its input, and an adapter over it."""
+    folder = tmp_path_factory.mktemp("run")
+    common = [
+        *TINY,
+        "data=jsonl",
+        f"data.root={tiny_corpus}",
+        "optimizer.lr=1e-2",
+        "optimizer.warmup_steps=2",
+    ]
+    train(folder / "base", *common, "data.tokenizer=corpus:280", "trainer.max_epochs=20")
+    train(folder / "adapter", *common, "lora=qv", f"base={folder / 'base'}", "trainer.max_epochs=1")
+    return folder
+
+
+def test_one_line_a_row_in_order_and_scores_beside(tmp_path, run, tiny_corpus):
+    scores = generate(tmp_path, *DECODING, f"adapter={run / 'adapter'}", f"data.root={tiny_corpus}")
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    rows = list(read_text_rows(tiny_corpus / "test.jsonl"))
+    assert [line["id"] for line in lines] == list(range(len(rows)))
+    assert all(set(line) == {"id", "predict", "score", "text"} for line in lines)
+    assert all(len(line["predict"]) == 16 for line in lines)
+    by_context = {row.context: line["text"] for row, line in zip(rows, lines, strict=True)}
+    assert [by_context[row.context] for row in rows] == [line["text"] for line in lines]
+    assert (tmp_path / "hypotheses.txt").read_text().splitlines() == list(by_context.values())
+    assert json.loads((tmp_path / "scores.json").read_text()) == scores
+    assert {"bleu", "nist", "rouge_l", "cider"} <= scores.keys()
+    assert not list(tmp_path.glob(".part*"))
+
+
+def test_results_do_not_depend_on_the_batch_size(tmp_path, run, tiny_corpus):
+    common = [*DECODING, f"adapter={run / 'adapter'}", f"data.root={tiny_corpus}"]
+    for size in (1, 3):
+        generate(tmp_path / str(size), *common, f"decoding.batch_size={size}")
+    texts = [(tmp_path / str(size) / "hypotheses.txt").read_text() for size in (1, 3)]
+    assert texts[0] == texts[1]
+
+
+def test_limit_decodes_the_first_contexts_only(tmp_path, run, tiny_corpus):
+    generate(tmp_path, *DECODING, f"base={run / 'base'}", f"data.root={tiny_corpus}", "limit=2")
+    assert len((tmp_path / "hypotheses.txt").read_text().splitlines()) == 2
+
+
+def test_the_adapter_finds_its_base_and_tokenizer_again(run):
+    settings = settings_of("generate", [f"adapter={run / 'adapter'}", "data=demo"])
+    tokenizer = load_tokenizer(runs.tokenizer_of(settings.adapter))
+    assert tokenizer.vocab_size == 280
+    model = runs.load(settings, tokenizer.sha256, 280)
+    base = load_file(run / "base" / "model.safetensors")
+    assert torch.equal(model.transformer.wte.weight, base["transformer.wte.weight"])
+    assert all(layer.merged for layer in model.lora_layers())
+
+
+def test_two_processes_train_and_decode_completely_and_in_order(tmp_path, run, tiny_corpus):
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    adapter = [f"base={run / 'base'}", "lora=qv", "data=jsonl", f"data.root={tiny_corpus}", "data.seq_len=64",
+               "model.n_layer=2", "model.n_embd=16", "model.n_head=2", "model.n_positions=64",
+               "trainer.max_epochs=1", f"hydra.run.dir={tmp_path / 'adapter'}"]  # fmt: skip
+    trained = script("train", *two, *adapter)
+    assert trained.returncode == 0, trained.stderr
+    decoding = [*DECODING, f"data.root={tiny_corpus}", f"adapter={tmp_path / 'adapter'}",
+                "decoding.batch_size=1", "split=train"]  # fmt: skip
+    decoded = script("generate", *two, *decoding, f"hydra.run.dir={tmp_path / 'two'}")
+    assert decoded.returncode == 0, decoded.stderr
+    generate(tmp_path / "one", *decoding)
+    two, one = (
+        [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").read_text().splitlines()]
+        for name in ("two", "one")
+    )
+    assert len(two) % 2 == 1  # so that one rank has more to do
+    assert [line["id"] for line in two] == list(range(41))
+    assert [line["predict"] for line in two] == [line["predict"] for line in one]
+    assert [line["score"] for line in two] == pytest.approx([line["score"] for line in one], rel=1e-5)
+
+
+def test_a_sweep_leaves_a_folder_for_each_combination(tmp_path, tiny):
+    sweep = ["-m", *tiny, "lora.rank=1,2", "trainer.max_steps=1", f"hydra.sweep.dir={tmp_path}"]
+    swept = script("train", *sweep)
+    assert swept.returncode == 0, swept.stderr
+    sizes = [load_file(tmp_path / str(i) / "adapter.safetensors") for i in range(2)]
+    assert [tensors["transformer.h.0.attn.c_attn.lora_B"].shape[1] for tensors in sizes] == [1, 2]
+
+
+def test_a_dry_run_prints_the_parameters_and_writes_no_weights(tmp_path, tiny, capsys):
+    train(tmp_path, *tiny, "lora=qv", "dry_run=true")
+    assert "512 trainable" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_random_base_is_said_to_be_random(tmp_path, tiny, capsys):
+    train(tmp_path, *tiny, "lora=qv", "trainer.max_steps=1")
+    assert "the base has random weights" in capsys.readouterr().out
+
+
+def test_rows_cut_by_seq_len_are_counted(tmp_path, tiny, capsys):
+    train(tmp_path, *tiny, "data.seq_len=16", "trainer.max_steps=1")
+    assert "15 of 41 rows cut to data.seq_len=16" in capsys.readouterr().out
+
+
+def test_metrics_of_an_earlier_run_in_the_folder_are_kept(tmp_path, tiny):
+    for _ in range(2):
+        train(tmp_path, *tiny, "trainer.max_epochs=1")
+    assert (tmp_path / "metrics.csv").is_file()
+    assert (tmp_path / "metrics.1.csv").is_file()
+
+
+def test_offline_dashboards_are_written(tmp_path, tiny):
+    done = script("train", *tiny, "trainer.max_steps=1", "logger=wandb", "logger.offline=true",
+                  f"hydra.run.dir={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def row(context: str, completion: str) -> str:
+    return f'{{"context": {context}, "completion": {completion}}}'
+
+
+MESSAGES = {
+    "malformed": (row("[1, 2]", "[3, 27"), "train.jsonl:2: is not valid JSON"),
+    "outside the vocabulary": (row("[1]", "[280]"), "train.jsonl:2: .*token id 280, the vocabulary has 280"),
+    "empty context": (row("[]", "[3]"), 'train.jsonl:2: "context" is empty'),
+    "empty completion": (row("[1]", "[]"), 'train.jsonl:2: "completion" is empty'),
+    "too long": (
+        row(f"{[1] * 70}", "[3]"),
+        "train.jsonl:2: a context of 70 tokens does not fit 64 positions",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MESSAGES)
+def test_a_faulty_row_is_named_by_file_and_line(tmp_path, tiny, run, fault):
+    line, message = MESSAGES[fault]
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for split in ("train", "valid"):
+        (corpus / f"{split}.jsonl").write_text(row("[1, 2]", "[3]") + "\n" + line + "\n")
+    arguments = [*tiny, f"data.root={corpus}", f"data.tokenizer={run / 'base' / 'tokenizer'}"]
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "out", *arguments)
+    assert not list((tmp_path / "out").iterdir())
+
+
+FAULTS = {
+    "missing": (["data=jsonl", "data.root=/nowhere"], "/nowhere: there is no such file or folder"),
+    "type": (["lora.rank=four"], "lora.rank"),
+    "key": (["lora.rnak=4"], "lora.rnak"),
+    "added key": (["+papr=x"], "papr: no such setting"),
+    "checkpoint": (["resume=/nowhere.ckpt"], "/nowhere.ckpt: there is no such file"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_users_mistake_is_a_message_and_exit_code_1(tmp_path, fault):
+    arguments, message = FAULTS[fault]
+    done = script("train", *arguments, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_option_is_exit_code_2():
+    assert script("train", "--nonsense").returncode == 2
+
+
+def test_an_adapter_for_another_card_is_refused(tmp_path, run, tiny_corpus):
+    arguments = [*DECODING, f"adapter={run / 'adapter'}", f"data.root={tiny_corpus}", "model=gpt2.sm"]
+    with pytest.raises(UserError, match=r"was made for model gpt2.nano, not gpt2.sm"):
+        generate(tmp_path, *arguments)
+
+
+def test_an_adapter_over_another_base_is_refused(tmp_path, run, tiny, tiny_corpus):
+    train(tmp_path / "other", *tiny, "seed=7", "trainer.max_steps=1")
+    with pytest.raises(UserError, match=r"adapter.safetensors: was trained on another base"):
+        generate(tmp_path / "out", *DECODING, f"adapter={run / 'adapter'}", f"base={tmp_path / 'other'}",
+                 f"data.root={tiny_corpus}")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["train", "generate"])
+def test_help_explains_itself(name):
+    done = script(name, "--help")
+    assert done.returncode == 0
+    assert "Groups and their options" in done.stdout
+    assert f"python {name}.py" in done.stdout
