@@ -109,8 +109,7 @@ def register() -> None:
 def resolve(cfg: DictConfig, schema: type[S]) -> S:
     """The composed config as dataclasses. Raises ConfigError for a key, type or value that is wrong."""
     with user_errors():
-        faults = [*_unknown_keys(cfg, schema), *_unknown_arguments(cfg)]
-        if faults:
+        if faults := list(_unknown_keys(cfg, schema)) or list(_unknown_arguments(cfg)):
             raise ConfigError("\n".join(faults))
         try:
             return cast(S, OmegaConf.to_object(cfg))
@@ -140,11 +139,15 @@ def _unknown_keys(cfg: Any, schema: Any, path: str = "") -> Iterator[str]:
 
 
 def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:
-    """Arguments that a `_target_` does not take."""
+    """Arguments that a `_target_` does not take; this imports what it names, torch among it."""
     for group in ("trainer", "callbacks", "logger"):
         nodes = OmegaConf.to_container(cfg.get(group, OmegaConf.create()), resolve=True)
         for path, node in _targets(nodes, group):
-            parameters = inspect.signature(get_object(node["_target_"])).parameters
+            try:
+                parameters = inspect.signature(get_object(node["_target_"])).parameters
+            except ImportError as error:
+                yield f"{path}._target_: {str(error).splitlines()[0]}"
+                continue
             if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 continue
             for key in node.keys() - parameters.keys() - {"_target_", "_partial_"}:

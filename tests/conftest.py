@@ -4,11 +4,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import hypothesis
 import pytest
 from hydra import compose, initialize_config_module
 
 from lora_gpt2 import experiment, settings
 from lora_gpt2.data.jsonl import TextRow, write_text_rows
+
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 TINY = ["model.n_layer=2", "model.n_embd=16", "model.n_head=2", "model.n_positions=64", "data.seq_len=64"]
 

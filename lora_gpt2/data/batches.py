@@ -17,9 +17,9 @@ PAD = 0
 
 class Batch(NamedTuple):
     input_ids: Tensor
-    """(B, T) the row without its last token, right-padded."""
+    """(B, T) the rows, right-padded, without the last column."""
     labels: Tensor
-    """(B, T) the row without its first token."""
+    """(B, T) the rows without the first column: the next tokens."""
     mask: Tensor
     """(B, T) true where the label counts: completion tokens, or every real one (jlm)."""
     rows: Tensor

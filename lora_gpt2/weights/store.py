@@ -91,10 +91,13 @@ def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
         raise UserError(path, f"is not a whole safetensors file ({error})", do) from None
     if metadata is None:
         return None, tensors
-    values = json.loads(metadata)
-    if (found := values.pop("format", None)) != FORMAT:
-        raise UserError(path, f"has format {found}, this version reads {FORMAT}", "update lora-gpt2")
-    return Description(**values), tensors
+    try:
+        values = json.loads(metadata)
+        if (found := values.pop("format", None)) != FORMAT:
+            raise UserError(path, f"has format {found}, this version reads {FORMAT}", "update lora-gpt2")
+        return Description(**values), tensors
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise UserError(path, f"has a description that cannot be read ({error})", do) from None
 
 
 def find(source: str | Path, file_name: str) -> Path:

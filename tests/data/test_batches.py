@@ -1,0 +1,86 @@
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from lora_gpt2.data.batches import PAD, EncodedRows, LengthBuckets
+from lora_gpt2.data.jsonl import Row
+from lora_gpt2.errors import UserError
+
+ROWS = [Row([11, 12, 9], [13, 9]), Row([21, 9], [22, 23, 24, 9]), Row([9], [31, 9])]
+
+
+def test_labels_are_the_next_tokens_and_count_on_the_completion_alone():
+    batch = EncodedRows(ROWS, 512)[[0, 1]]
+    assert batch.input_ids.tolist() == [[11, 12, 9, 13, 9], [21, 9, 22, 23, 24]]
+    assert batch.labels.tolist() == [[12, 9, 13, 9, PAD], [9, 22, 23, 24, 9]]
+    assert batch.mask.tolist() == [[False, False, True, True, False], [False, True, True, True, True]]
+    assert (batch.rows.tolist(), batch.tokens) == ([0, 1], 9)
+
+
+def test_with_jlm_every_real_token_counts():
+    batch = EncodedRows(ROWS, 512, every_token=True)[[2, 0]]
+    assert batch.mask.tolist() == [[True, True, False, False], [True] * 4]
+
+
+def test_cut_rows_are_counted_and_lose_their_ends():
+    rows = EncodedRows(ROWS, 3)
+    assert (rows.cut, rows.lost) == (2, 1)  # of the first row only its context is left
+    assert rows.lengths.tolist() == [3, 3, 3]
+    assert rows[[0]].input_ids.tolist() == [[11, 12]]
+    assert not rows[[0]].mask.any()
+    assert rows[[1]].mask.tolist() == [[False, True]]
+
+
+lengths = st.lists(st.integers(2, 60), min_size=1, max_size=80).map(torch.tensor)
+
+
+@given(lengths, st.integers(1, 9), st.integers(1, 4), st.integers(0, 3), st.booleans())
+def test_every_row_comes_once_an_epoch_over_all_ranks(lengths, size, ranks, bucket, shuffle):
+    assume(not shuffle or len(lengths) >= ranks * size)
+    of_rank = [
+        LengthBuckets(lengths, size, shuffle=shuffle, bucket=bucket, rank=rank, ranks=ranks)
+        for rank in range(ranks)
+    ]
+    batches = [list(sampler) for sampler in of_rank]
+    assert [len(sampler) for sampler in of_rank] == list(map(len, batches))
+    if shuffle:
+        assert len(set(map(len, batches))) == 1
+    served = [row for rank in batches for batch in rank for row in batch]
+    assert Counter(served) == Counter(range(len(lengths)))
+    assert all(1 <= len(batch) <= size for rank in batches for batch in rank)
+
+
+def order(seed: int, epoch: int, bucket: int = 2, skip: int = 0) -> list[list[int]]:
+    lengths = torch.randint(2, 60, (100,), generator=torch.Generator().manual_seed(1))
+    sampler = LengthBuckets(lengths, 8, shuffle=True, seed=seed, bucket=bucket, skip=lambda: skip)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    assert order(1, 0) == order(1, 0)
+    assert order(1, 0) != order(1, 1)
+    assert order(1, 0) != order(2, 0)
+
+
+def test_an_interrupted_epoch_goes_on_where_it_stopped():
+    assert order(1, 3, skip=5) == order(1, 3)[5:]
+
+
+def test_buckets_save_padding():
+    lengths = torch.randint(2, 60, (100,), generator=torch.Generator().manual_seed(1))
+
+    def padding(bucket: int) -> int:
+        return sum(int(lengths[rows].max() * len(rows) - lengths[rows].sum()) for rows in order(1, 0, bucket))
+
+    assert padding(20) < 0.3 * padding(0)
+
+
+def test_too_few_rows_for_the_ranks_are_refused_in_training_and_leave_ranks_empty_otherwise():
+    with pytest.raises(UserError, match="2 rows are too few for 3 devices"):
+        LengthBuckets(torch.tensor([4, 5]), 8, shuffle=True, ranks=3)
+    sizes = [len(LengthBuckets(torch.tensor([4, 5]), 8, shuffle=False, rank=i, ranks=3)) for i in range(3)]
+    assert sizes == [1, 1, 0]

@@ -1,0 +1,44 @@
+import pytest
+
+from lora_gpt2.data.jsonl import Row, write_rows
+from lora_gpt2.data.module import DataToText
+from lora_gpt2.errors import UserError
+from tests.conftest import settings_of
+
+
+def data(*overrides: str) -> DataToText:
+    return DataToText(settings_of("train", list(overrides)).data, "gpt2", 0)
+
+
+@pytest.fixture
+def tokens(tmp_path, tiny_corpus):
+    """Overrides for a corpus of token ids, with the tiny corpus' tokenizer."""
+    tokenizer = (
+        data("data=jsonl", f"data.root={tiny_corpus}", "data.tokenizer=corpus:280").folder / "tokenizer"
+    )
+    for split in ("train", "valid"):
+        write_rows(tmp_path / f"{split}.jsonl", [Row([1, 2], [3]), Row([1] * 9, [4])])
+    return ["data=jsonl", f"data.root={tmp_path}", f"data.tokenizer={tokenizer}"]
+
+
+def test_a_context_that_fills_the_positions_is_named_by_file_and_line(tokens):
+    with pytest.raises(UserError, match=r"train.jsonl:2: a context of 9 tokens does not fit 9 positions"):
+        data(*tokens, "data.seq_len=8").load(9)
+
+
+def test_rows_longer_than_the_model_are_refused(tokens):
+    with pytest.raises(UserError, match=r"data.seq_len: 512 is more than the model's 64 positions"):
+        data(*tokens).load(64)
+
+
+@pytest.mark.parametrize(("objective", "targets"), [("clm", 2), ("jlm", 11)])
+def test_the_objective_says_which_tokens_count(tokens, objective, targets):
+    module = data(*tokens, f"data.objective={objective}", "data.seq_len=64")
+    module.load(64)
+    assert sum(int(batch.mask.sum()) for batch in module.val_dataloader()) == targets
+
+
+def test_every_row_is_served_whatever_the_batch_size(tokens):
+    module = data(*tokens, "data.batch_size=1", "data.seq_len=64")
+    module.load(64)
+    assert sorted(int(row) for batch in module.train_dataloader() for row in batch.rows) == [0, 1]

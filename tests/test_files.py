@@ -1,0 +1,44 @@
+import hashlib
+
+import pytest
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.files import read_json, read_text, replacing, sha256, write_json
+
+
+def half(path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("broken")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"ü": 1})
+    assert read_json(path, "") == {"ü": 1}
+    with pytest.raises(RuntimeError, match="broken"):
+        half(path)
+    assert read_json(path, "") == {"ü": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "there is no such file; do this"), (b"\xff", r"is not UTF-8 text \(byte 0\)"),
+     (b'{\n"a": }', "a.json:2: is not valid JSON")],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_a_users_error(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "a.json", "do this")
+
+
+def test_a_folder_is_no_text(tmp_path):
+    with pytest.raises(UserError, match="there is no such file"):
+        read_text(tmp_path, "do this")
+
+
+def test_the_hash_is_that_of_all_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(3_000_000))
+    assert sha256(tmp_path / "a") == hashlib.sha256(bytes(3_000_000)).hexdigest()

@@ -1,0 +1,143 @@
+import csv
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.weights.adapter import read_description
+from lora_gpt2.weights.store import base_hash, read_weights
+from tests.conftest import TINY, train
+
+DIVERGING = ["optimizer.lr=3", "optimizer.warmup_steps=12", "optimizer.schedule=constant"]
+
+
+def metrics(folder: Path, name: str) -> list[float]:
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def checkpoint(folder: Path, name: str) -> dict:
+    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tiny_corpus) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    train(folder, *TINY, "data=jsonl", f"data.root={tiny_corpus}", "data.tokenizer=corpus:280",
+          "trainer.max_epochs=1")  # fmt: skip
+    return folder
+
+
+def test_with_lora_only_its_matrices_train_and_every_b_moves(tmp_path, tiny, base):
+    train(tmp_path, *tiny, "lora=qv", f"base={base}", "trainer.max_epochs=1")
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    assert all("lora_" in name for name in tensors)
+    moved = [name for name, value in tensors.items() if name.endswith("lora_B") and value.any()]
+    assert len(moved) == 2  # one a layer
+    state = checkpoint(tmp_path, "last")["state_dict"]
+    assert {name.removeprefix("model.") for name in state} == tensors.keys()
+
+
+def test_the_frozen_base_is_the_same_to_the_bit_after_training(tmp_path, tiny, base):
+    train(tmp_path, *tiny, "lora=qv", f"base={base}", "trainer.max_epochs=1")
+    description, tensors = read_weights(base / "model.safetensors")
+    model = GPT2LMModel(description.gpt2_config)
+    model.load_weight(tensors)
+    assert read_description(tmp_path)[1].base_sha256 == base_hash(model)
+
+
+def test_without_lora_everything_trains(tmp_path, tiny, base):
+    train(tmp_path, *tiny, f"base={base}", "trainer.max_epochs=1", "keep=last")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path))
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not still
+
+
+def test_the_seed_decides_every_number(tmp_path, tiny):
+    arguments = [*tiny, "model.dropout=0.2", "trainer.max_epochs=1"]
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train(tmp_path / name, *arguments, f"seed={seed}")
+    a, b, c = (load_file(tmp_path / name / "model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["transformer.wte.weight"], c["transformer.wte.weight"])
+
+
+def test_the_schedule_counts_optimizer_steps_when_gradients_accumulate(tmp_path, tiny):
+    arguments = ["trainer.accumulate_grad_batches=3", "trainer.log_every_n_steps=1", "trainer.max_epochs=2"]
+    train(tmp_path, *tiny, *arguments)
+    assert checkpoint(tmp_path, "last")["global_step"] == 4
+    rates = [rate for rate, _ in groupby(metrics(tmp_path, "lr"))]
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.005])
+
+
+def test_the_best_or_the_last_weights_are_kept(tmp_path, tiny):
+    for keep in ("best", "last"):
+        train(tmp_path / keep, *tiny, *DIVERGING, f"keep={keep}")
+    losses = metrics(tmp_path / "best", "valid/loss")
+    assert min(losses) < losses[-1], "the run was meant to get worse"
+    for keep, file in (("best", "best"), ("last", "last")):
+        state = checkpoint(tmp_path / keep, file)["state_dict"]
+        kept = load_file(tmp_path / keep / "model.safetensors")
+        assert torch.equal(kept["transformer.wte.weight"], state["model.transformer.wte.weight"])
+    notes = read_weights(tmp_path / "best" / "model.safetensors")[0].notes
+    assert notes["valid_loss"] == pytest.approx(min(losses))
+
+
+def test_a_run_resumed_elsewhere_keeps_the_best_of_before(tmp_path, tiny):
+    train(tmp_path / "first", *tiny, *DIVERGING, "trainer.max_epochs=2")
+    train(tmp_path / "second", *tiny, *DIVERGING, f"resume={tmp_path / 'first'}")
+    train(tmp_path / "whole", *tiny, *DIVERGING)
+    whole, resumed = (read_weights(tmp_path / name / "model.safetensors") for name in ("whole", "second"))
+    assert whole[0].notes == resumed[0].notes
+    assert all(torch.equal(whole[1][name], resumed[1][name]) for name in whole[1])
+
+
+def test_early_stopping_ends_a_run_that_gets_worse(tmp_path, tiny):
+    train(tmp_path, *tiny, "callbacks=early_stopping", "callbacks.early_stopping.patience=1",
+          "trainer.max_epochs=30", "optimizer.lr=0.3", "optimizer.schedule=constant")  # fmt: skip
+    assert len(metrics(tmp_path, "valid/loss")) < 30
+
+
+def test_a_plateau_lowers_the_rate(tmp_path, tiny, capsys):
+    train(tmp_path, *tiny, "optimizer.schedule=plateau", "optimizer.plateau_patience=0", "optimizer.lr=0.3",
+          "trainer.max_epochs=8", "trainer.log_every_n_steps=1")  # fmt: skip
+    assert "validation loss stalled: the rate falls to 1.5e-01" in capsys.readouterr().out
+    assert min(metrics(tmp_path, "lr")[2:]) <= 0.15
+
+
+def test_smoothing_is_in_the_training_loss_and_not_in_the_validation_loss(tmp_path, tiny, base):
+    for smoothing in (0.0, 0.5):
+        arguments = [f"base={base}", "optimizer.lr=1e-12", "trainer.log_every_n_steps=1"]
+        train(tmp_path / str(smoothing), *tiny, *arguments, f"label_smoothing={smoothing}")
+    plain, smooth = (tmp_path / name for name in ("0.0", "0.5"))
+    assert metrics(plain, "valid/loss") == pytest.approx(metrics(smooth, "valid/loss"))
+    assert metrics(plain, "train/loss") != pytest.approx(metrics(smooth, "train/loss"), rel=1e-3)
+
+
+def test_progress_says_loss_rate_speed_and_time_left(tmp_path, tiny, capsys):
+    train(tmp_path, *tiny, "callbacks.progress.every=0")
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("  step 4/18"))
+    assert all(word in line for word in ("epoch 1", "loss ", "lr 9.", "tokens/s", "left"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("seed=7", "belongs to another base"), ("model.n_embd=32", "is of another model"),
+     ("lora.rank=2", "is of another model")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny, change, message):
+    train(tmp_path / "one", *tiny, "lora=qv", "trainer.max_steps=1")
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "two", *tiny, "lora=qv", change, f"resume={tmp_path / 'one'}")
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path, tiny):
+    train(tmp_path / "one", *tiny, "trainer.max_steps=1")
+    path = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"last.ckpt: is not a whole checkpoint"):
+        train(tmp_path / "two", *tiny, f"resume={tmp_path / 'one'}")

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.weights.adapter import load_adapter
+from lora_gpt2.weights.store import ADAPTER_FILE, Description, base_hash, save_weights
+
+IDS = torch.tensor([[1, 5, 9, 2]])
+
+
+def build(seed: int = 0, **lora) -> GPT2LMModel:
+    torch.manual_seed(seed)
+    return GPT2LMModel(GPT2Config(11, 16, 16, 8, 2, 2, **{"lora_attn_dim": 2, **lora})).eval()
+
+
+@pytest.fixture
+def trained(tmp_path) -> GPT2LMModel:
+    """A model whose update is not zero, saved as an adapter."""
+    model = build()
+    for layer in model.lora_layers():
+        torch.nn.init.normal_(layer.lora_B)
+    values = Description("adapter", "tiny", model.config.to_dict(), "tokens", base_hash(model), None, 0)
+    save_weights(tmp_path / ADAPTER_FILE, model, values)
+    return model
+
+
+def test_an_adapter_over_its_base_gives_the_trained_logits_merged_or_not(tmp_path, trained):
+    model = build()
+    assert not torch.equal(model(IDS)[0], trained(IDS)[0])
+    load_adapter(model, tmp_path)
+    assert torch.equal(model(IDS)[0], trained(IDS)[0])
+    model.merge()
+    torch.testing.assert_close(model(IDS)[0], trained(IDS)[0])
+
+
+def test_an_adapter_over_another_base_is_refused(tmp_path, trained):
+    with pytest.raises(UserError, match=r"was trained on another base .* random weights, seed 0"):
+        load_adapter(build(seed=1), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "lora", [{"lora_attn_dim": 3}, {"lora_targets": ("q", "k", "v")}, {"lora_attn_dim": 0}]
+)
+def test_other_lora_settings_are_refused(tmp_path, trained, lora):
+    model = build()
+    other = GPT2LMModel(GPT2Config(11, 16, 16, 8, 2, 2, **{"lora_attn_dim": 2, **lora}))
+    other.load_weight({k: v for k, v in model.weights().items() if "lora_" not in k})
+    with pytest.raises(UserError, match="does not fit"):
+        load_adapter(other, tmp_path)
+
+
+def test_a_model_is_no_adapter(tmp_path, trained):
+    values = Description("model", "tiny", trained.config.to_dict(), "tokens")
+    save_weights(tmp_path / ADAPTER_FILE, trained, values)
+    with pytest.raises(UserError, match="holds no adapter"):
+        load_adapter(build(), tmp_path)

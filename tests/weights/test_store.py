@@ -1,0 +1,92 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.weights import store
+from lora_gpt2.weights.store import Description, base_hash, find, read_weights, save_weights
+
+IDS = torch.tensor([[1, 5, 9, 2], [3, 3, 0, 7]])
+
+
+@pytest.fixture
+def model() -> GPT2LMModel:
+    """A small model whose update is not zero."""
+    torch.manual_seed(0)
+    model = GPT2LMModel(GPT2Config(11, 16, 16, 8, 2, 2, lora_attn_dim=2)).eval()
+    for layer in model.lora_layers():
+        torch.nn.init.normal_(layer.lora_B)
+    return model
+
+
+def description(model: GPT2LMModel, kind: str) -> Description:
+    return Description(kind, "tiny", model.config.to_dict(), "tokens", base_hash(model), "there", 3, {"a": 1})
+
+
+def test_a_model_and_an_adapter_come_back_bit_for_bit(tmp_path, model):
+    twin = GPT2LMModel(model.config).eval()
+    for kind in ("model", "adapter"):
+        save_weights(tmp_path / kind, model, description(model, kind))
+        found, tensors = read_weights(tmp_path / kind)
+        assert found == description(model, kind)
+        assert all(("lora_" in name) == (kind == "adapter") for name in tensors)
+        twin.load_weight(tensors)
+    assert torch.equal(model(IDS)[0], twin(IDS)[0])
+
+
+def test_the_hash_sees_one_bit_of_the_base_and_nothing_of_the_update(model):
+    before = base_hash(model)
+    torch.nn.init.normal_(model.lora_layers()[0].lora_A)
+    assert base_hash(model) == before
+    bits = model.transformer.ln_f.bias.data.view(torch.int32)
+    bits[0] ^= 1
+    assert base_hash(model) != before
+
+
+@pytest.mark.parametrize("kept", [0, 7, 500])
+def test_a_file_cut_short_is_refused(tmp_path, model, kept):
+    path = tmp_path / "model.safetensors"
+    save_weights(path, model, description(model, "model"))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"model.safetensors: is not a whole safetensors file"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": 99}, "has format 99, this version reads 1"),
+        ({"format": 1, "kind": "adapter"}, "has a description that cannot be read"),
+        ({"format": 1, "colour": "red"}, "has a description that cannot be read"),
+        ([1], "has a description that cannot be read"),
+    ],
+)
+def test_another_description_is_refused(tmp_path, metadata, message):
+    save_file({"a": torch.zeros(1)}, tmp_path / "x", {"lora-gpt2": json.dumps(metadata)})
+    with pytest.raises(UserError, match=message):
+        read_weights(tmp_path / "x")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
+    path = tmp_path / "adapter.safetensors"
+    path.write_text("old")
+
+    def full_disk(tensors, name, metadata):
+        name.write_text("half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(store, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_weights(path, model, description(model, "adapter"))
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_folder_without_the_file_says_what_it_lacks(tmp_path):
+    with pytest.raises(
+        UserError, match=r"holds no adapter.safetensors; give the folder of a run that trained"
+    ):
+        find(tmp_path, "adapter.safetensors")
