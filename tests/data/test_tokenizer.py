@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiktoken
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from lora_gpt2.data import tokenizer as module
 from lora_gpt2.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
@@ -32,10 +34,8 @@ def gpt2():
 @pytest.fixture(scope="module")
 def oracle():
     """OpenAI's own encoder, built from the same two files."""
-    tiktoken = pytest.importorskip("tiktoken")
-    data_gym = pytest.importorskip("tiktoken.load")
     folder = package_data()
-    ranks = data_gym.data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
+    ranks = data_gym_to_mergeable_bpe_ranks(str(folder / "vocab.bpe"), str(folder / "encoder.json"))
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
     return tiktoken.Encoding(
         "gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 50256}

@@ -21,7 +21,8 @@ def metrics(folder: Path, name: str) -> list[float]:
 
 
 def checkpoint(folder: Path, name: str) -> dict:
-    return torch.load(folder / "checkpoints" / f"{name}.ckpt", weights_only=True)
+    (path,) = (folder / "checkpoints").glob(f"{name}*.ckpt")
+    return torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,14 @@ def test_the_best_or_the_last_weights_are_kept(tmp_path, tiny):
         assert torch.equal(kept["transformer.wte.weight"], state["model.transformer.wte.weight"])
     notes = read_weights(tmp_path / "best" / "model.safetensors")[0].notes
     assert notes["valid_loss"] == pytest.approx(min(losses))
+
+
+def test_the_best_k_checkpoints_are_kept_beside_the_last(tmp_path, tiny):
+    train(tmp_path, *tiny, "trainer.max_epochs=4", "callbacks.checkpoint.save_top_k=2")
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    losses = metrics(tmp_path, "valid/loss")
+    best = sorted(range(4), key=losses.__getitem__)[:2]
+    assert names == sorted([f"best-{6 * (epoch + 1)}.ckpt" for epoch in best] + ["last.ckpt"])
 
 
 def test_a_run_resumed_elsewhere_keeps_the_best_of_before(tmp_path, tiny):
