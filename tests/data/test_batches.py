@@ -84,3 +84,19 @@ def test_too_few_rows_for_the_ranks_are_refused_in_training_and_leave_ranks_empt
         LengthBuckets(torch.tensor([4, 5]), 8, shuffle=True, ranks=3)
     sizes = [len(LengthBuckets(torch.tensor([4, 5]), 8, shuffle=False, rank=i, ranks=3)) for i in range(3)]
     assert sizes == [1, 1, 0]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_every_rank_skips_its_own_first_batches(rank):
+    lengths = torch.randint(2, 60, (100,), generator=torch.Generator().manual_seed(1))
+    whole, rest = (
+        list(LengthBuckets(lengths, 8, shuffle=True, rank=rank, ranks=3, skip=lambda n=n: n)) for n in (0, 2)
+    )
+    assert rest == whole[2:]
+
+
+def test_rows_too_few_for_full_batches_are_still_shared_fairly():
+    lengths = torch.tensor([3, 4, 5, 6, 7])
+    of_rank = [list(LengthBuckets(lengths, 8, shuffle=True, rank=rank, ranks=4)) for rank in range(4)]
+    assert [len(batches) for batches in of_rank] == [1, 1, 1, 1]
+    assert sorted(row for batches in of_rank for batch in batches for row in batch) == [0, 1, 2, 3, 4]

@@ -50,3 +50,14 @@ def test_a_batch_without_targets_changes_nothing_and_reset_forgets():
     logits, labels, mask = batch(3, 4, 1)
     metrics.update(completion_report(logits[mask], labels, mask))
     assert metrics.compute()["loss"] != before["loss"]
+
+
+def test_after_a_reset_only_what_follows_counts():
+    logits, labels, mask = batch(9, 8, 2)
+    used, fresh = StageMetrics(), StageMetrics()
+    other = batch(4, 6, 0)
+    used.update(completion_report(other[0][other[2]], other[1], other[2]))
+    used.reset()
+    for metrics in (used, fresh):
+        metrics.update(completion_report(logits[mask], labels, mask))
+    assert used.compute() == fresh.compute()

@@ -1,9 +1,11 @@
 import csv
+import re
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 import torch
+from lightning import Callback
 from safetensors.torch import load_file
 
 from lora_gpt2.errors import UserError
@@ -150,3 +152,28 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, tiny):
     path.write_bytes(path.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"last.ckpt: is not a whole checkpoint"):
         train(tmp_path / "two", *tiny, f"resume={tmp_path / 'one'}")
+
+
+class BaseHashes(Callback):
+    """Notes the hash of the base before and after training."""
+
+    seen: list[str] = []  # noqa: RUF012  (a callback built by Hydra is out of the test's reach)
+
+    def on_fit_start(self, trainer, pl_module):
+        self.seen.append(base_hash(pl_module.model))
+
+    on_fit_end = on_fit_start
+
+
+@pytest.mark.parametrize(("lora", "frozen"), [("qv", True), ("none", False)])
+def test_training_moves_the_base_only_where_there_is_no_lora(tmp_path, tiny, lora, frozen):
+    BaseHashes.seen.clear()
+    hashes = "+callbacks.hashes={_target_: tests.training.test_module.BaseHashes}"
+    train(tmp_path, *tiny, f"lora={lora}", hashes, "trainer.max_steps=3", "keep=last")
+    before, after = BaseHashes.seen
+    assert (before == after) is frozen
+
+
+def test_progress_counts_tokens_and_shows_the_loss(tmp_path, tiny, capsys):
+    train(tmp_path, *tiny, "callbacks.progress.every=0", "trainer.max_steps=3")
+    assert re.search(r"step 3/3 .* loss \d+\.\d{4}  lr \S+  [1-9][\d,]* tokens/s", capsys.readouterr().out)
