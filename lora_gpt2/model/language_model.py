@@ -1,5 +1,6 @@
 """GPT-2 with its tied head: the documented `GPT2LMModel`.  B rows, T tokens, C = n_embd, V vocabulary."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -32,8 +33,9 @@ class GPT2LMHead(nn.Module):
 class GPT2LMModel(nn.Module):
     """A GPT-2 language model whose attention may carry LoRA.
 
-    Fresh weights follow GPT-2: normal with `initializer_range`, biases 0, LayerNorms 1 and 0. The base is
-    drawn before the update, so one seed gives one base whatever the rank.
+    Fresh weights follow GPT-2: normal with `initializer_range`, over sqrt(2 n_layer) where a projection
+    feeds the residual stream; biases 0, LayerNorms 1 and 0. The base is drawn before the update, so one seed
+    gives one base whatever the rank.
     """
 
     def __init__(self, config: GPT2Config) -> None:
@@ -47,9 +49,11 @@ class GPT2LMModel(nn.Module):
     def init_weights(self) -> None:
         """Draws every weight anew from torch's global generator."""
         std = self.config.initializer_range
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Embedding | Conv1D | MergedLinear):
-                nn.init.normal_(module.weight, std=std)
+                into_residual = name.endswith("c_proj")
+                shrink = math.sqrt(2 * self.config.n_layer) if into_residual else 1.0
+                nn.init.normal_(module.weight, std=std / shrink)
             if isinstance(module, Conv1D | MergedLinear):
                 nn.init.zeros_(module.bias)
         for layer in self.lora_layers():

@@ -124,6 +124,20 @@ def test_one_seed_gives_one_base_whatever_the_rank():
     assert all(torch.equal(names[n], model.weights()[n]) for model in bases for n in names)
 
 
+def test_fresh_weights_are_normal_and_smaller_where_they_feed_the_residual_stream():
+    torch.manual_seed(0)
+    weights = GPT2LMModel(GPT2Config(V, T, T, 64, 8, 4)).weights()
+    for name, std in {
+        "attn.c_attn": 0.02,
+        "mlp.c_fc": 0.02,
+        "attn.c_proj": 0.005,
+        "mlp.c_proj": 0.005,
+    }.items():
+        drawn = torch.stack([weights[f"transformer.h.{i}.{name}.weight"] for i in range(8)])
+        assert drawn.std().item() == pytest.approx(std, rel=0.02)
+        assert drawn.mean().item() == pytest.approx(0, abs=std / 50)
+
+
 @pytest.mark.parametrize(
     ("card", "count"), [((768, 12, 12), 147_456), ((1024, 24, 16), 393_216), ((1280, 36, 20), 737_280)]
 )
