@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_gpt2.model.dropout import dropout
+
 
 class MergedLinear(nn.Module):
     """x -> x W0 + b + (alpha / r) B A x for the enabled ones of P equal parts of the output.
@@ -103,8 +105,8 @@ class MergedLinear(nn.Module):
         y = F.linear(x, weight, self.bias)
         if not self.enabled or self.merged:
             return y
-        low = F.linear(F.dropout(x, self.lora_dropout, self.training), self.lora_A)  # (..., n * R)
-        low = F.dropout(low, self.lora_r_dropout, self.training) * self.scaling
+        low = F.linear(dropout(x, self.lora_dropout, self.training), self.lora_A)  # (..., n * R)
+        low = dropout(low, self.lora_r_dropout, self.training) * self.scaling
         for (i, _, b), low_i in zip(self._factors(), low.chunk(len(self.enabled), dim=-1), strict=True):
             y[..., self._rows(i)] += F.linear(low_i, b)  # (..., out / P)
         return y

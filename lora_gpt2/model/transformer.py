@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from lora_gpt2.model.attention import causal_attention
 from lora_gpt2.model.cache import LayerCache, RowCache
 from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.dropout import dropout
 from lora_gpt2.model.lora import MergedLinear
 
 
@@ -74,11 +75,11 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.fix_dropout)
+        self.dropout = config.fix_dropout
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.ln_1(x), cache))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+        x = x + dropout(self.attn(self.ln_1(x), cache), self.dropout, self.training)
+        return x + dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
 
 class GPT2Model(nn.Module):
@@ -89,7 +90,6 @@ class GPT2Model(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.fix_dropout)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
 
@@ -106,7 +106,7 @@ class GPT2Model(nn.Module):
         x = self.wte(input_ids) + self.wpe(position_ids)
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids)
-        x = self.drop(x)
+        x = dropout(x, self.config.fix_dropout, self.training)
         for i, block in enumerate(self.h):
             x = block(x, caches[i] if caches else None)
         return self.ln_f(x)
