@@ -12,7 +12,7 @@ from lora_gpt2.decoding.predictions import Queries
 from lora_gpt2.evaluation.text_files import read_references
 from lora_gpt2.model.language_model import GPT2LMModel
 
-_console = Console(soft_wrap=True, highlight=False)
+_console = Console(soft_wrap=True, highlight=False, markup=False)  # names and paths hold brackets
 
 
 @rank_zero_only
@@ -82,17 +82,17 @@ def artefacts(folder: Path) -> None:
 
 @rank_zero_only
 def note(text: str) -> None:
-    _console.print(f"[yellow]note: {text}[/yellow]")
+    _console.print(f"note: {text}", style="yellow")
 
 
 @rank_zero_only
 def title(text: str) -> None:
-    _console.print(f"\n[bold]{text}[/bold]")
+    _console.print(f"\n{text}", style="bold")
 
 
 @rank_zero_only
 def command(text: str) -> None:
-    _console.print(f"[dim]$ {text}[/dim]")
+    _console.print(f"$ {text}", style="dim")
 
 
 @rank_zero_only
@@ -105,11 +105,11 @@ def samples(before: Path, after: Path, count: int) -> None:
     references = read_references(after / "references.txt")
     step = max(1, len(contexts) // count)
     for i in range(0, step * count, step):
-        _console.print(f"\ninput     {contexts[i]}", markup=False)
+        _console.print(f"\ninput     {contexts[i]}")
         for reference in references[i][:2]:
-            _console.print(f"reference {reference}", markup=False)
+            _console.print(f"reference {reference}")
         for name, lines in texts.items():
-            _console.print(f"{name:<9} {lines[i]}", markup=False, style="bold" if name == "adapted" else None)
+            _console.print(f"{name:<9} {lines[i]}", style="bold" if name == "adapted" else None)
     _console.print()
 
 
