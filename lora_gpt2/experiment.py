@@ -50,7 +50,8 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
         return None
     data.load(config.n_positions)
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
-    model = runs.build_base(config, settings.base, settings.model.name, data.tokenizer.sha256, settings.seed)
+    names = settings.model.name, data.tokenizer.sha256
+    model = runs.build_base(config, settings.base, *names, settings.seed, settings.base_may_lack)
     module = LanguageModeling(
         model,
         settings.optimizer,

@@ -1,5 +1,7 @@
 """One file of a repository on the model hub: from the local cache, else over the network, else an error."""
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_gpt2.errors import UserError
@@ -8,17 +10,28 @@ SECONDS = 5.0
 """How long the hub may take to answer."""
 
 
-def fetch(repository: str, name: str, where: str, do: str, revision: str | None = None) -> Path:
-    """The local path of the file `name`. Raises UserError, with `where` and `do`, when it is not had."""
+def fetch(
+    repository: str, names: str | Sequence[str], where: str, do: str, revision: str | None = None
+) -> Path:
+    """The local path of the file, the first of `names` that the repository has.
+
+    Raises UserError, with `where` and `do`, when none is had.
+    """
     import huggingface_hub as hub  # slow to import, and needed only without local files
 
-    try:
-        try:
+    names = [names] if isinstance(names, str) else names
+    for name in names:
+        with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
             return Path(hub.hf_hub_download(repository, name, revision=revision, local_files_only=True))
-        except hub.errors.LocalEntryNotFoundError:
-            # Asked first because this asks once, where the download would retry for half a minute.
-            hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=revision), timeout=SECONDS)
-            return Path(hub.hf_hub_download(repository, name, revision=revision, etag_timeout=SECONDS))
+    name = names[0]
+    try:
+        # Asked first because this asks once, where the download would retry for half a minute.
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=revision), timeout=SECONDS)
+        return Path(hub.hf_hub_download(repository, name, revision=revision, etag_timeout=SECONDS))
+    except hub.errors.EntryNotFoundError:
+        if len(names) > 1:
+            return fetch(repository, names[1:], where, do, revision)
+        raise UserError(where, f"the repository {repository} has no {name}", do) from None
     except Exception as error:
         if not _comes_from_the_hub(error):
             raise

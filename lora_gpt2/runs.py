@@ -1,6 +1,7 @@
 """A run's folder: what training leaves there, and how the next stage starts from it."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.weights.adapter import load_adapter, read_description
 from lora_gpt2.weights.pretrained import describe_base, load_base
-from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, Description, find, save_weights
+from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, Description, find, save_adapter, save_model
 
 
 def tokenizer_of(source: str | None) -> str:
@@ -30,12 +31,19 @@ def tokenizer_of(source: str | None) -> str:
     return "gpt2"
 
 
-def build_base(config: GPT2Config, source: str | None, card: str, tokenizer: str, seed: int) -> GPT2LMModel:
+def build_base(
+    config: GPT2Config,
+    source: str | None,
+    card: str,
+    tokenizer: str,
+    seed: int,
+    may_be_missing: Sequence[str] = (),
+) -> GPT2LMModel:
     """A model with the base weights found at `source`, or random ones drawn from `seed`."""
     torch.manual_seed(seed)
     model = GPT2LMModel(config)
     if source is not None:
-        load_base(model, source, card, tokenizer)
+        load_base(model, source, card, tokenizer, may_be_missing)
     return model
 
 
@@ -126,7 +134,10 @@ def save(
         seed=settings.seed,
         notes=notes,
     )
-    save_weights(folder / (ADAPTER_FILE if settings.lora.rank else MODEL_FILE), module.model, description)
+    if settings.lora.rank:
+        save_adapter(folder / ADAPTER_FILE, module.model, description)
+    else:
+        save_model(folder / MODEL_FILE, module.model, description)
     tokenizer.save(folder / "tokenizer")
 
 

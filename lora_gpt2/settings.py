@@ -7,7 +7,7 @@ import difflib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, cast
 
@@ -48,6 +48,8 @@ class TrainSettings:
     logger: dict[str, Any]
     base: str | None = None
     """Weights to start from: a run's folder, a file, a hub name; null: random weights."""
+    base_may_lack: list[str] = field(default_factory=list)
+    """Weights, with * and ?, that stay random where the base lacks them, e.g. [transformer.wpe.*]."""
     label_smoothing: float = 0.0
     """Share of the target's probability spread over the vocabulary, while training."""
     keep: Keep = Keep.best

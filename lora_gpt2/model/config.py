@@ -4,14 +4,36 @@ Knows no torch, so that a wrong setting is refused before anything is loaded.
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 PROJECTIONS = ("q", "k", "v")
 """The three parts of GPT-2's fused attention projection, in the order in which they are stored."""
+
+TARGETS = {
+    "c_attn": "attn.c_attn",
+    "c_proj": "attn.c_proj",
+    "mlp_c_fc": "mlp.c_fc",
+    "mlp_c_proj": "mlp.c_proj",
+}
+"""LoRA's other targets and the layer of a block that each adapts as a whole."""
+
+LORA_INITS = ("kaiming", "pissa", "olora")
+LORA_BIASES = ("none", "lora_only", "all")
+
+
+class LayerLora(NamedTuple):
+    """What LoRA does to one linear layer."""
+
+    rank: int
+    alpha: float
+    enable: list[bool]
+    """Which of the equal parts of its output are adapted."""
 
 
 class GPT2Config:
@@ -24,7 +46,17 @@ class GPT2Config:
     * ``lora_attn_dim``: rank r (0: no LoRA); ``lora_attn_alpha``: alpha, the update is scaled by alpha / r.
     * ``lora_dropout``: before A; ``lora_r_dropout``: between A and B;
       ``fix_dropout``: on embeddings, attention weights and residual branches.
-    * ``lora_targets``: the adapted ones of q, k and v (Hu et al. 2021, section 4.2: q and v).
+    * ``lora_targets``: what is adapted in each block: q, k, v (Hu et al. 2021, section 4.2: q and v), or
+      c_attn, one update for all three; c_proj; mlp_c_fc; mlp_c_proj.
+    * ``bias``: whether linear layers and LayerNorms have one.
+    * ``vocab_multiple``: the token table is padded to a multiple of this; the extra ids are never predicted.
+    * ``lora_rank_pattern``, ``lora_alpha_pattern``: other ranks and alphas for the layers whose name, e.g.
+      ``h.3.attn.c_attn``, fits a pattern with ``*`` and ``?``; the first that fits counts, rank 0 leaves out.
+    * ``lora_rslora``: scaled by alpha / sqrt(r) (Kalajdzievski 2023).
+    * ``lora_dora``: the magnitude of each output trains apart from its direction (Liu et al. 2024).
+    * ``lora_init``: kaiming (A random, B zero), pissa (Meng et al. 2024) or olora (Buyukakyuz 2024): A and B
+      start as the leading factors of the base's SVD or QR, and what they start with is subtracted.
+    * ``lora_bias``: which biases train too: none, lora_only (of the adapted layers), all.
 
     Raises ValueError, naming every fault, when the values do not fit each other.
     """
@@ -45,6 +77,15 @@ class GPT2Config:
         lora_r_dropout: float = 0.0,
         fix_dropout: float = 0.0,
         lora_targets: Sequence[str] = ("q", "v"),
+        *,
+        bias: bool = True,
+        vocab_multiple: int = 1,
+        lora_rank_pattern: Mapping[str, int] | None = None,
+        lora_alpha_pattern: Mapping[str, float] | None = None,
+        lora_rslora: bool = False,
+        lora_dora: bool = False,
+        lora_init: str = "kaiming",
+        lora_bias: str = "none",
     ) -> None:
         self.vocab_size: int = 0
         self.n_positions = n_positions
@@ -60,6 +101,14 @@ class GPT2Config:
         self.lora_r_dropout = lora_r_dropout
         self.fix_dropout = fix_dropout
         self.lora_targets = tuple(lora_targets)
+        self.bias = bias
+        self.vocab_multiple = vocab_multiple
+        self.lora_rank_pattern = dict(lora_rank_pattern or {})
+        self.lora_alpha_pattern = dict(lora_alpha_pattern or {})
+        self.lora_rslora = lora_rslora
+        self.lora_dora = lora_dora
+        self.lora_init = lora_init
+        self.lora_bias = lora_bias
         if isinstance(vocab_size_or_config_json_file, str | Path):
             self._read_json(Path(vocab_size_or_config_json_file))
         else:
@@ -68,9 +117,29 @@ class GPT2Config:
             raise ValueError("; ".join(faults))
 
     @property
-    def enable_lora(self) -> list[bool]:
-        """Which of q, k, v are adapted; all False at rank 0."""
-        return [self.lora_attn_dim > 0 and name in self.lora_targets for name in PROJECTIONS]
+    def padded_vocab_size(self) -> int:
+        """Rows of the token table."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def lora_layers(self) -> dict[str, LayerLora]:
+        """The adapted layers by name, ``h.0.attn.c_attn`` and so on, first block first; none at rank 0."""
+        kinds = {name: [True] for target, name in TARGETS.items() if target in self.lora_targets}
+        if parts := [part in self.lora_targets for part in PROJECTIONS]:
+            kinds = {"attn.c_attn": parts, **kinds} if any(parts) else kinds
+        layers = {}
+        for block in range(self.n_layer if self.lora_attn_dim else 0):
+            for kind, enable in kinds.items():
+                name = f"h.{block}.{kind}"
+                rank = _first_match(self.lora_rank_pattern, name, self.lora_attn_dim)
+                alpha = _first_match(self.lora_alpha_pattern, name, self.lora_attn_alpha)
+                if rank:
+                    layers[name] = LayerLora(rank, alpha, enable)
+        return layers
+
+    def scaling(self, lora: LayerLora) -> float:
+        """The factor of B A."""
+        return lora.alpha / (math.sqrt(lora.rank) if self.lora_rslora else lora.rank)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `GPT2Config.from_dict` takes them back."""
@@ -119,7 +188,9 @@ class GPT2Config:
         for name in ("lora_dropout", "lora_r_dropout", "fix_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        return faults + self._lora_faults()
+        if self.vocab_multiple < 1:
+            faults.append(f"vocab_multiple must be at least 1, not {self.vocab_multiple}")
+        return faults + self._lora_faults() + self._variant_faults()
 
     def _lora_faults(self) -> list[str]:
         faults = []
@@ -128,19 +199,73 @@ class GPT2Config:
             faults.append(f"LoRA rank must be a whole number of at least 0, not {rank!r}")
         if self.lora_attn_alpha <= 0:
             faults.append(f"LoRA alpha must be above 0, not {self.lora_attn_alpha}")
+        known = (*PROJECTIONS, *TARGETS)
         if not self.lora_targets or len(set(self.lora_targets)) != len(self.lora_targets):
-            faults.append(f"LoRA targets must be different ones of q, k, v, not {self.lora_targets}")
-        if unknown := [target for target in self.lora_targets if target not in PROJECTIONS]:
-            faults.append(f"LoRA targets must be among q, k, v, not {', '.join(map(str, unknown))}")
+            faults.append(
+                f"LoRA targets must be different ones of {', '.join(known)}, not {self.lora_targets}"
+            )
+        if unknown := [target for target in self.lora_targets if target not in known]:
+            faults.append(
+                f"LoRA targets must be among {', '.join(known)}, not {', '.join(map(str, unknown))}"
+            )
+        if "c_attn" in self.lora_targets and set(self.lora_targets) & set(PROJECTIONS):
+            faults.append(
+                "LoRA target c_attn adapts q, k and v as one: name it, or some of q, k, v, not both"
+            )
+        return faults
+
+    def _variant_faults(self) -> list[str]:
+        faults = []
+        if self.lora_init not in LORA_INITS:
+            faults.append(f"LoRA init must be one of {', '.join(LORA_INITS)}, not {self.lora_init}")
+        if self.lora_bias not in LORA_BIASES:
+            faults.append(f"LoRA bias must be one of {', '.join(LORA_BIASES)}, not {self.lora_bias}")
+        if self.lora_bias != "none" and not self.bias:
+            faults.append(f"LoRA bias {self.lora_bias} needs a model with biases, bias is False")
+        if any(rank < 0 for rank in self.lora_rank_pattern.values()):
+            faults.append(f"ranks must be at least 0, not {self.lora_rank_pattern}")
+        if any(alpha <= 0 for alpha in self.lora_alpha_pattern.values()):
+            faults.append(f"alphas must be above 0, not {self.lora_alpha_pattern}")
+        if not faults and isinstance(self.n_layer, int) and self.lora_attn_dim:
+            names = [f"h.{i}.{kind}" for i in range(self.n_layer) for kind in TARGETS.values()]
+            for pattern in (*self.lora_rank_pattern, *self.lora_alpha_pattern):
+                if not any(fnmatchcase(name, pattern) for name in names):
+                    faults.append(
+                        f"the pattern {pattern} fits no layer; layers are h.0.attn.c_attn and so on"
+                    )
         return faults
 
 
-class Projection(str, Enum):
-    """A target of LoRA in the fused attention projection."""
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)
+
+
+class Target(str, Enum):
+    """What LoRA adapts in each block."""
 
     q = "q"
     k = "k"
     v = "v"
+    c_attn = "c_attn"
+    c_proj = "c_proj"
+    mlp_c_fc = "mlp_c_fc"
+    mlp_c_proj = "mlp_c_proj"
+
+
+class LoraInit(str, Enum):
+    """How A and B start."""
+
+    kaiming = "kaiming"
+    pissa = "pissa"
+    olora = "olora"
+
+
+class LoraBias(str, Enum):
+    """Which biases train with LoRA."""
+
+    none = "none"
+    lora_only = "lora_only"
+    all = "all"
 
 
 @dataclass
@@ -165,6 +290,10 @@ class ModelSettings:
     """Standard deviation of fresh weights."""
     dropout: float = 0.0
     """On embeddings, attention weights and residual branches, while training."""
+    bias: bool = True
+    """Whether linear layers and LayerNorms have one."""
+    vocab_multiple: int = 1
+    """The token table is padded to a multiple of this, e.g. 64; the extra ids are never predicted."""
 
 
 @dataclass
@@ -179,8 +308,20 @@ class LoraSettings:
     """On the input of A, while training."""
     rank_dropout: float = 0.0
     """Between A and B, while training."""
-    targets: list[Projection] = field(default_factory=lambda: [Projection.q, Projection.v])
-    """Which of q, k, v are adapted."""
+    targets: list[Target] = field(default_factory=lambda: [Target.q, Target.v])
+    """What is adapted: q, k, v, or c_attn (the three as one), c_proj, mlp_c_fc, mlp_c_proj."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks by layer, e.g. {h.0.*:8,*.mlp.*:2}; the first pattern that fits counts, 0 leaves out."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas by layer."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) (rsLoRA)."""
+    dora: bool = False
+    """Train the magnitude of each output apart from its direction (DoRA)."""
+    init: LoraInit = LoraInit.kaiming
+    """kaiming: A random, B zero; pissa, olora: the leading factors of the base's SVD or QR."""
+    bias: LoraBias = LoraBias.none
+    """Which biases train too: none, lora_only (of the adapted layers), all."""
 
 
 def gpt2_config(model: ModelSettings, lora: LoraSettings, vocab_size: int) -> GPT2Config:
@@ -204,5 +345,13 @@ def gpt2_config(model: ModelSettings, lora: LoraSettings, vocab_size: int) -> GP
         lora_dropout=lora.dropout,
         lora_r_dropout=lora.rank_dropout,
         fix_dropout=model.dropout,
-        lora_targets=[projection.value for projection in lora.targets],
+        lora_targets=[target.value for target in lora.targets],
+        bias=model.bias,
+        vocab_multiple=model.vocab_multiple,
+        lora_rank_pattern=lora.rank_pattern,
+        lora_alpha_pattern=lora.alpha_pattern,
+        lora_rslora=lora.rslora,
+        lora_dora=lora.dora,
+        lora_init=lora.init.value,
+        lora_bias=lora.bias.value,
     )

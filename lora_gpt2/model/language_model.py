@@ -8,26 +8,29 @@ import torch
 from torch import Tensor, nn
 
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.keys import canonical, check_keys
-from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.keys import TOKEN_TABLE, canonical, check_keys, is_lora
+from lora_gpt2.model.lora import LayerNorm, MergedLinear
 from lora_gpt2.model.loss import CompletionReport, batch_loss, completion_report, row_accuracy, token_loss
-from lora_gpt2.model.transformer import Conv1D, GPT2Model
+from lora_gpt2.model.transformer import GPT2Model
 
 
 class GPT2LMHead(nn.Module):
-    """Hidden states (B, T, C) to logits (B, T, V) by the token embedding's own weights (V, C)."""
+    """Hidden states (B, T, C) to logits (B, T, V) by the token embedding's own weights.
+
+    Rows that pad the table (`vocab_multiple`) are computed and cut off: never predicted, never scored.
+    """
 
     def __init__(self, model_embeddings_weights: Tensor, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.decoder = nn.Linear(config.n_embd, config.vocab_size, bias=False, device="meta")
+        self.decoder = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False, device="meta")
         self.set_embeddings_weights(model_embeddings_weights)
 
     def set_embeddings_weights(self, model_embeddings_weights: Tensor) -> None:
         self.decoder.weight = cast(nn.Parameter, model_embeddings_weights)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        return self.decoder(hidden_state)
+        return self.decoder(hidden_state)[..., : self.config.vocab_size]
 
 
 class GPT2LMModel(nn.Module):
@@ -46,16 +49,18 @@ class GPT2LMModel(nn.Module):
         self.lm_head = GPT2LMHead(self.transformer.wte.weight, config)
         self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self) -> None:
         """Draws every weight anew from torch's global generator."""
         std = self.config.initializer_range
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding | Conv1D | MergedLinear):
-                into_residual = name.endswith("c_proj")
-                shrink = math.sqrt(2 * self.config.n_layer) if into_residual else 1.0
-                nn.init.normal_(module.weight, std=std / shrink)
-            if isinstance(module, Conv1D | MergedLinear):
+            if isinstance(module, nn.Embedding | MergedLinear):
+                rows = self.config.vocab_size if name.endswith("wte") else None
+                shrink = math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj") else 1.0
+                nn.init.normal_(module.weight[:rows], std=std / shrink)
+            if isinstance(module, MergedLinear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        self.transformer.wte.weight[self.config.vocab_size :] = 0
         for layer in self.lora_layers():
             layer.reset_lora()
 
@@ -63,14 +68,31 @@ class GPT2LMModel(nn.Module):
         """Makes head and token embedding one tensor again."""
         self.lm_head.set_embeddings_weights(self.transformer.wte.weight)
 
-    def lora_layers(self) -> list[MergedLinear]:
+    def lora_layers(self) -> list[MergedLinear | LayerNorm]:
         """The layers that carry an update, first block first; empty at rank 0."""
-        return [module for module in self.modules() if isinstance(module, MergedLinear) and module.enabled]
+        layers = [module for module in self.modules() if isinstance(module, MergedLinear | LayerNorm)]
+        return [layer for layer in layers if layer.adapted]
 
     def train_only_lora(self) -> None:
-        """Freezes everything but the LoRA matrices."""
+        """Freezes everything but the LoRA parameters."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_("lora_" in name.rpartition(".")[2])
+            parameter.requires_grad_(is_lora(name))
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters, the tied head once; by default without the position table."""
+        total = sum(parameter.numel() for parameter in self.parameters())
+        return total - self.transformer.wpe.weight.numel() if non_embedding else total
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shortens the longest input to `block_size` tokens. Raises ValueError when it is longer already."""
+        if not 1 <= block_size <= self.config.n_positions:
+            limits = f"from 1 to {self.config.n_positions}"
+            raise ValueError(f"block_size must be {limits}, the positions of the model, not {block_size}")
+        self.config.n_positions = block_size
+        self.config.n_ctx = min(self.config.n_ctx, block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
+        wpe.num_embeddings = block_size
 
     def merge(self) -> None:
         for layer in self.lora_layers():
@@ -124,19 +146,32 @@ class GPT2LMModel(nn.Module):
     def _target_logits(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         return self.lm_head(self.transformer.hidden_states(input_ids)[mask])  # (N, V)
 
-    def load_weight(self, state_dict: Mapping[str, Any]) -> None:
+    def load_weight(self, state_dict: Mapping[str, Any], may_be_missing: Sequence[str] = ()) -> None:
         """Loads a base, an update, or both, in any of the published layouts (see `lora_gpt2.model.keys`).
 
-        Each of the two must be whole: all base weights or none, all LoRA matrices or none.
+        Each of the two must be whole: all base weights or none, all of LoRA or none; `may_be_missing` names
+        weights, with ``*`` and ``?``, that stay as they are when they are not given. After a base alone
+        the update starts anew from it where it depends on it (PiSSA, OLoRA, DoRA).
         Raises ValueError listing what is missing, unexpected or misshapen; nothing is loaded then.
         """
+        assert not any(layer.merged for layer in self.lora_layers()), "unmerge before loading"
         tensors = canonical(state_dict)
         own = self.weights()
-        check_keys(own, tensors)
+        embedding = tensors.get(TOKEN_TABLE)
+        if embedding is not None and len(embedding) == self.config.padded_vocab_size:
+            tensors[TOKEN_TABLE] = embedding[: self.config.vocab_size]
+        check_keys(own, tensors, may_be_missing)
         with torch.no_grad():
             for name, value in tensors.items():
                 own[name].copy_(value)
+        if not any(is_lora(name) for name in tensors):
+            for layer in self.lora_layers():
+                layer.start_from_base()
 
     def weights(self) -> dict[str, Tensor]:
-        """Every weight under its name, the tied head's once; the tensors themselves, not copies."""
-        return {k: v for k, v in self.state_dict().items() if not k.startswith("lm_head.")}
+        """Every weight under its name, the tied head's once, the token table without its padding.
+
+        These are the tensors themselves, not copies.
+        """
+        weights = {k: v for k, v in self.state_dict().items() if not k.startswith("lm_head.")}
+        return {**weights, TOKEN_TABLE: weights[TOKEN_TABLE][: self.config.vocab_size]}

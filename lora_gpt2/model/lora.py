@@ -1,4 +1,4 @@
-"""LoRA on a fused linear layer.  n: enabled projections, P: all of them, R: rank."""
+"""LoRA on a linear layer.  n: enabled projections, P: all of them, R: rank."""
 
 import math
 from collections.abc import Sequence
@@ -11,12 +11,18 @@ from lora_gpt2.model.dropout import dropout
 
 
 class MergedLinear(nn.Module):
-    """x -> x W0 + b + (alpha / r) B A x for the enabled ones of P equal parts of the output.
+    """x -> x W0 + b + s B A x for the enabled ones of P equal parts of the output, s = alpha / r.
 
-    Hu et al. 2021, eq. 3, on a layer that computes several projections at once, as GPT-2's c_attn does
+    Hu et al. 2021, eq. 3, on a layer that may compute several projections at once, as GPT-2's c_attn does
     for q, k and v. Each enabled projection has its own A and B; they are stored stacked, as the published
     implementation stores them: ``lora_A`` (n * r, in), ``lora_B`` (n * out / P, r). A is drawn
     kaiming-uniform with a = sqrt(5), B is zero, so a fresh layer equals its base.
+
+    * `init` "pissa" or "olora": A and B start as factors of W0, kept as ``lora_A0`` and ``lora_B0``; the
+      update is s (B A - B0 A0), which is what training the remainder W0 - s B0 A0 beside B A computes.
+    * `dora`: the rows V of W0 + update are scaled to trained lengths ``lora_magnitude`` (n * out / P,),
+      W = m V / |V|, with |V| taken as a constant by the gradient (Liu et al. 2024, section 4.3).
+    * `train_bias`: ``lora_bias`` (out,), zero at first, is added to the bias.
 
     ``weight`` is (in, out) with `fan_in_fan_out`, else (out, in). Only `merge` and `unmerge` ever fold the
     update into ``weight``; train(), eval() and forward never do, hence `merge_weights` must be False.
@@ -24,6 +30,8 @@ class MergedLinear(nn.Module):
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
+    lora_A0: Tensor
+    lora_B0: Tensor
 
     def __init__(
         self,
@@ -36,6 +44,12 @@ class MergedLinear(nn.Module):
         fan_in_fan_out: bool = False,
         merge_weights: bool = False,
         lora_r_dropout: float = 0.0,
+        *,
+        bias: bool = True,
+        rslora: bool = False,
+        dora: bool = False,
+        init: str = "kaiming",
+        train_bias: bool = False,
     ) -> None:
         super().__init__()
         if out_features % len(enable_lora):
@@ -45,81 +59,217 @@ class MergedLinear(nn.Module):
         if merge_weights:
             raise ValueError("merge_weights=True is not supported: call merge() and unmerge()")
         self.in_features, self.out_features, self.r = in_features, out_features, r
-        self.fan_in_fan_out = fan_in_fan_out
+        self.fan_in_fan_out, self.init = fan_in_fan_out, init
         self.enabled = [i for i, enabled in enumerate(enable_lora) if enabled and r > 0]
         self.part = out_features // len(enable_lora)
-        self.scaling = lora_alpha / r if r else 0.0
+        self.scaling = lora_alpha / (math.sqrt(r) if rslora else r) if r else 0.0
         self.lora_dropout, self.lora_r_dropout = lora_dropout, lora_r_dropout
         shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape))
-        self.bias = nn.Parameter(torch.empty(out_features))
-        self._base_weight: Tensor | None = None
-        if self.enabled:
-            self.lora_A = nn.Parameter(torch.empty(len(self.enabled) * r, in_features))
-            self.lora_B = nn.Parameter(torch.empty(len(self.enabled) * self.part, r))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._base: tuple[Tensor, Tensor | None] | None = None
+        self.lora_magnitude = self.lora_bias = None
+        n = len(self.enabled)
+        if n:
+            if r > min(in_features, self.part) and init != "kaiming":
+                raise ValueError(f"LoRA init {init} needs a rank of at most {min(in_features, self.part)}")
+            self.lora_A = nn.Parameter(torch.empty(n * r, in_features))
+            self.lora_B = nn.Parameter(torch.empty(n * self.part, r))
             self.weight.requires_grad_(False)
+            if dora:
+                self.lora_magnitude = nn.Parameter(torch.empty(n * self.part))
+            if init != "kaiming":
+                self.register_buffer("lora_A0", torch.empty(n * r, in_features))
+                self.register_buffer("lora_B0", torch.empty(n * self.part, r))
+        if train_bias:
+            self.lora_bias = nn.Parameter(torch.empty(out_features))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Fresh values for the base (as nn.Linear draws them) and for the update."""
         bound = 1 / math.sqrt(self.in_features)
         nn.init.uniform_(self.weight, -bound, bound)
-        nn.init.uniform_(self.bias, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
         self.reset_lora()
 
+    @torch.no_grad()
     def reset_lora(self) -> None:
-        """Fresh A, zero B."""
-        if self.enabled:
-            for a in self.lora_A.data.chunk(len(self.enabled)):
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        """Fresh A and B: the layer equals its base as it is now."""
+        if self.lora_bias is not None:
+            self.lora_bias.zero_()
+        if not self.enabled:
+            return
+        for a in self.lora_A.chunk(len(self.enabled)):
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.lora_B.zero_()
+        self.start_from_base()
+
+    @torch.no_grad()
+    def start_from_base(self) -> None:
+        """Sets what depends on the base: DoRA's magnitudes, and PiSSA's and OLoRA's factors."""
+        for j, i in enumerate(self.enabled):
+            rows = slice(j * self.part, (j + 1) * self.part)
+            ranks = slice(j * self.r, (j + 1) * self.r)
+            base = self._out_in(self.weight)[self._rows(i)].float()
+            if self.init != "kaiming":
+                b, a = _leading_factors(base, self.r, self.init, self.scaling)
+                self.lora_A0[ranks], self.lora_B0[rows] = a, b
+            if self.lora_magnitude is not None:
+                self.lora_magnitude[rows] = base.norm(dim=1)
+        if self.enabled and self.init != "kaiming":
+            self.lora_A.copy_(self.lora_A0)
+            self.lora_B.copy_(self.lora_B0)
+
+    @property
+    def adapted(self) -> bool:
+        return bool(self.enabled) or self.lora_bias is not None
 
     @property
     def merged(self) -> bool:
-        return self._base_weight is not None
+        return self._base is not None
 
     def delta_weight(self) -> Tensor:
-        """(alpha / r) B A, zero where no projection is adapted, in the layout of ``weight``."""
-        delta = self.weight.new_zeros(self.out_features, self.in_features)
-        for i, a, b in self._factors():
-            delta[self._rows(i)] = self.scaling * (b @ a)
-        return delta.T if self.fan_in_fan_out else delta
+        """What the update adds to ``weight``, in its layout; zero where no projection is adapted."""
+        assert not self.merged, "the base is needed, and the update is merged into it"
+        base = self._out_in(self.weight)
+        delta = torch.zeros_like(base)
+        for j, i in enumerate(self.enabled):
+            low_rank = self._low_rank(j)
+            if self.lora_magnitude is not None:
+                whole = base[self._rows(i)] + low_rank
+                magnitude = self.lora_magnitude.chunk(len(self.enabled))[j]
+                low_rank = whole * (magnitude / whole.norm(dim=1))[:, None] - base[self._rows(i)]
+            delta[self._rows(i)] = low_rank
+        return self._out_in(delta)
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Folds the update into ``weight``; the base is kept, so that unmerge restores it bit for bit."""
-        if self.enabled and not self.merged:
-            self._base_weight = self.weight.data
-            self.weight.data = self.weight.data + self.delta_weight()
+        """Folds the update into weight and bias; the base is kept: unmerge restores it bit for bit."""
+        if self.merged or not self.adapted:
+            return
+        delta = self.delta_weight()
+        self._base = self.weight.data, None if self.bias is None else self.bias.data
+        self.weight.data = self.weight.data + delta
+        if self.bias is not None and self.lora_bias is not None:
+            self.bias.data = self.bias.data + self.lora_bias
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the update out of ``weight`` again."""
-        if self._base_weight is not None:
-            self.weight.data = self._base_weight
-            self._base_weight = None
+        """Takes the update out again."""
+        if self._base is not None:
+            self.weight.data = self._base[0]
+            if self.bias is not None and self._base[1] is not None:
+                self.bias.data = self._base[1]
+            self._base = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        y = F.linear(x, weight, self.bias)
-        if not self.enabled or self.merged:
-            return y
-        low = F.linear(dropout(x, self.lora_dropout, self.training), self.lora_A)  # (..., n * R)
-        low = dropout(low, self.lora_r_dropout, self.training) * self.scaling
-        for (i, _, b), low_i in zip(self._factors(), low.chunk(len(self.enabled), dim=-1), strict=True):
-            y[..., self._rows(i)] += F.linear(low_i, b)  # (..., out / P)
+        weight = self._out_in(self.weight)
+        if self.merged or not self.enabled:
+            return F.linear(x, weight, self._whole_bias())
+        if self.lora_magnitude is not None:
+            return self._dora(x, weight)
+        y = F.linear(x, weight, self._whole_bias())
+        for i, update in self._updates(x):
+            y.narrow(-1, i * self.part, self.part).add_(update)
         return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, r={self.r}, enabled={self.enabled}"
 
+    def _dora(self, x: Tensor, weight: Tensor) -> Tensor:
+        assert self.lora_magnitude is not None
+        y = F.linear(x, weight)
+        for (i, update), magnitude in zip(
+            self._updates(x), self.lora_magnitude.chunk(len(self.enabled)), strict=True
+        ):
+            with torch.no_grad():
+                whole = weight[self._rows(i)] + self._low_rank(self.enabled.index(i))
+            scale = magnitude / whole.norm(dim=1)  # (out / P,)
+            y[..., self._rows(i)] = (y[..., self._rows(i)] + update) * scale.to(y.dtype)
+        bias = self._whole_bias()
+        return y if bias is None else y + bias
+
+    def _updates(self, x: Tensor) -> list[tuple[int, Tensor]]:
+        """(projection, what it adds (..., out / P)) of each enabled one."""
+        n = len(self.enabled)
+        x = dropout(x, self.lora_dropout, self.training)
+        low = F.linear(x, self.lora_A)  # (..., n * R)
+        low = dropout(low, self.lora_r_dropout, self.training) * self.scaling
+        factors = zip(low.chunk(n, dim=-1), self.lora_B.chunk(n), strict=True)
+        updates = [F.linear(low_i, b) for low_i, b in factors]
+        if self.init != "kaiming":
+            start = F.linear(x, self.lora_A0) * self.scaling
+            factors = zip(start.chunk(n, dim=-1), self.lora_B0.chunk(n), strict=True)
+            updates = [u - F.linear(low_i, b) for u, (low_i, b) in zip(updates, factors, strict=True)]
+        return list(zip(self.enabled, updates, strict=True))
+
+    def _low_rank(self, j: int) -> Tensor:
+        """s (B A - B0 A0) of the j-th enabled projection, (out / P, in)."""
+        n = len(self.enabled)
+        product = self.lora_B.chunk(n)[j] @ self.lora_A.chunk(n)[j]
+        if self.init != "kaiming":
+            product = product - self.lora_B0.chunk(n)[j] @ self.lora_A0.chunk(n)[j]
+        return self.scaling * product
+
+    def _whole_bias(self) -> Tensor | None:
+        if self.bias is None or self.lora_bias is None or self.merged:
+            return self.bias
+        return self.bias + self.lora_bias
+
     def _rows(self, projection: int) -> slice:
         return slice(projection * self.part, (projection + 1) * self.part)
 
-    def _factors(self) -> list[tuple[int, Tensor, Tensor]]:
-        """(projection, A (R, in), B (out / P, R)) of each enabled projection."""
-        if not self.enabled:
-            return []
-        n = len(self.enabled)
-        return list(zip(self.enabled, self.lora_A.chunk(n), self.lora_B.chunk(n), strict=True))
+    def _out_in(self, weight: Tensor) -> Tensor:
+        """Between the layout of ``weight`` and (out, in)."""
+        return weight.T if self.fan_in_fan_out else weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm whose bias may be absent, or have a trained ``lora_bias`` added."""
+
+    def __init__(self, size: int, eps: float, bias: bool = True, train_bias: bool = False) -> None:
+        super().__init__(size, eps=eps, bias=bias)
+        self.lora_bias = nn.Parameter(torch.zeros(size)) if train_bias else None
+        self._base_bias: Tensor | None = None
+
+    @property
+    def adapted(self) -> bool:
+        return self.lora_bias is not None
+
+    @property
+    def merged(self) -> bool:
+        return self._base_bias is not None
+
+    def reset_lora(self) -> None:
+        if self.lora_bias is not None:
+            nn.init.zeros_(self.lora_bias)
+
+    def start_from_base(self) -> None:
+        """Nothing of it depends on the base."""
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        if self.lora_bias is not None and not self.merged:
+            self._base_bias = self.bias.data
+            self.bias.data = self.bias.data + self.lora_bias
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        if self._base_bias is not None:
+            self.bias.data, self._base_bias = self._base_bias, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.bias if self.lora_bias is None or self.merged else self.bias + self.lora_bias
+        return F.layer_norm(x, self.normalized_shape, self.weight, bias, self.eps)
+
+
+def _leading_factors(base: Tensor, rank: int, init: str, scaling: float) -> tuple[Tensor, Tensor]:
+    """B (out, R) and A (R, in): s B A is the base's best approximation (pissa), or B A its QR's start."""
+    if init == "olora":
+        q, r = torch.linalg.qr(base)
+        return q[:, :rank], r[:rank]
+    u, s, vh = torch.linalg.svd(base, full_matrices=False)
+    root = (s[:rank] / scaling).sqrt()
+    return u[:, :rank] * root, root[:, None] * vh[:rank]

@@ -11,70 +11,73 @@ from torch.nn import functional as F
 
 from lora_gpt2.model.attention import causal_attention
 from lora_gpt2.model.cache import LayerCache, RowCache
-from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.config import GPT2Config, LayerLora
 from lora_gpt2.model.dropout import dropout
-from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.lora import LayerNorm, MergedLinear
 
 
-class Conv1D(nn.Module):
-    """x W + b with W stored (in, out), as the published GPT-2 checkpoints store it."""
+def linear(config: GPT2Config, name: str, in_features: int, out_features: int) -> MergedLinear:
+    """x W + b with W (in, out), as the published checkpoints store it, and LoRA where `config` says."""
+    lora = config.lora_layers.get(name, LayerLora(0, 1, [False]))
+    biases = {"none": False, "lora_only": lora.rank > 0, "all": config.lora_attn_dim > 0}
+    return MergedLinear(
+        in_features,
+        out_features,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=config.lora_dropout,
+        lora_r_dropout=config.lora_r_dropout,
+        enable_lora=lora.enable,
+        fan_in_fan_out=True,
+        bias=config.bias,
+        rslora=config.lora_rslora,
+        dora=config.lora_dora,
+        init=config.lora_init,
+        train_bias=biases[config.lora_bias],
+    )
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.T, self.bias)
+def layer_norm(config: GPT2Config) -> LayerNorm:
+    train_bias = config.lora_bias == "all" and config.lora_attn_dim > 0
+    return LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias, train_bias)
 
 
 class Attention(nn.Module):
-    """Multi-head causal self-attention with LoRA on the fused q, k, v projection."""
+    """Multi-head causal self-attention."""
 
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, name: str) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.fix_dropout
-        self.c_attn = MergedLinear(
-            config.n_embd,
-            3 * config.n_embd,
-            r=config.lora_attn_dim,
-            lora_alpha=config.lora_attn_alpha,
-            lora_dropout=config.lora_dropout,
-            lora_r_dropout=config.lora_r_dropout,
-            enable_lora=config.enable_lora,
-            fan_in_fan_out=True,
-        )
-        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+        self.c_attn = linear(config, f"{name}.c_attn", config.n_embd, 3 * config.n_embd)
+        self.c_proj = linear(config, f"{name}.c_proj", config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        if cache is None:
-            y = causal_attention(q, k, v, self.dropout if self.training else 0.0)
-        else:
-            y = cache.attend(q, k, v)
+        p = self.dropout if self.training else 0.0
+        y = causal_attention(q, k, v, p) if cache is None else cache.attend(q, k, v, p)
         return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class MLP(nn.Module):
     """C -> 4 C -> C with GELU by its tanh formula."""
 
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, name: str) -> None:
         super().__init__()
-        self.c_fc = Conv1D(config.n_embd, 4 * config.n_embd)
-        self.c_proj = Conv1D(4 * config.n_embd, config.n_embd)
+        self.c_fc = linear(config, f"{name}.c_fc", config.n_embd, 4 * config.n_embd)
+        self.c_proj = linear(config, f"{name}.c_proj", 4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, name: str) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.ln_1 = layer_norm(config)
+        self.attn = Attention(config, f"{name}.attn")
+        self.ln_2 = layer_norm(config)
+        self.mlp = MLP(config, f"{name}.mlp")
         self.dropout = config.fix_dropout
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -88,10 +91,10 @@ class GPT2Model(nn.Module):
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.h = nn.ModuleList(Block(config, f"h.{i}") for i in range(config.n_layer))
+        self.ln_f = layer_norm(config)
 
     def hidden_states(
         self,

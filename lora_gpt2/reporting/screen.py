@@ -10,6 +10,7 @@ from rich.table import Table
 from lora_gpt2.data.batches import EncodedRows
 from lora_gpt2.decoding.predictions import Queries
 from lora_gpt2.evaluation.text_files import read_references
+from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
 
 _console = Console(soft_wrap=True, highlight=False, markup=False)  # names and paths hold brackets
@@ -32,7 +33,7 @@ def model(card: str, built: GPT2LMModel) -> None:
     """Parameters in all and trainable. Without freezing done yet, LoRA decides what trains."""
     config = built.config
     total = sum(parameter.numel() for parameter in built.parameters())
-    lora = sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in built.lora_layers())
+    lora = sum(parameter.numel() for name, parameter in built.named_parameters() if is_lora(name))
     trainable = lora or total
     _console.print(
         f"model {card}: {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}, "

@@ -19,9 +19,18 @@ def read_description(source: str | Path) -> tuple[Path, Description]:
 def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
     """Loads the LoRA matrices into `model`, whose base is in place already.
 
-    Raises UserError when the file is no adapter, was trained on another base, or with other LoRA settings.
+    Raises UserError when the file is no adapter, was trained on another base, or with other LoRA settings;
+    nothing is loaded then.
     """
     path, description = read_description(source)
+    theirs, ours = description.gpt2_config.to_dict(), model.config.to_dict()
+    if differing := [
+        f"{name} {theirs[name]} (here {ours[name]})"
+        for name in theirs
+        if name.startswith("lora_") and "dropout" not in name and theirs[name] != ours[name]
+    ]:
+        do = "use the LoRA settings the adapter was trained with"
+        raise UserError(path, f"was trained with {', '.join(differing)}", do)
     if (found := base_hash(model)) != description.base_sha256:
         origin = description.base_source or f"random weights, seed {description.seed}"
         what = f"was trained on another base (hash {description.base_sha256[:12]}…, this one {found[:12]}…)"

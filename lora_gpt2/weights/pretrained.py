@@ -1,5 +1,6 @@
 """Bases to adapt: a model of ours, a GPT-2 folder or file, or a name on the hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,25 @@ from torch import Tensor
 from lora_gpt2.errors import UserError
 from lora_gpt2.hub import fetch
 from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.keys import POSITION_TABLE, canonical
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.store import MODEL_FILE, Description, read_weights
 
-_SUFFIXES = (".safetensors", ".bin", ".pt")
-_ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
+_FILES = (MODEL_FILE, "pytorch_model.bin")
+_ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "bias")
 
 
-def load_base(model: GPT2LMModel, source: str, card: str, tokenizer: str) -> None:
+def load_base(
+    model: GPT2LMModel, source: str, card: str, tokenizer: str, may_be_missing: Sequence[str] = ()
+) -> None:
     """Loads the base weights found at `source` into `model`, all of them or none.
 
     `source`: a run's folder, a folder in transformers' form, a file (.safetensors, .bin, .pt), or
     a hub name such as openai-community/gpt2. `card` and `tokenizer` (its SHA-256) are what the run uses;
-    a model of ours that was made with others is refused. Raises UserError.
+    a base that says it was made with others is refused. Only its positions may be more than the model's:
+    they are cut. `may_be_missing`: patterns of weights that stay random when the base lacks them.
+    Raises UserError.
     """
     path = _locate(source)
     description, tensors = _read(path)
@@ -29,8 +36,14 @@ def load_base(model: GPT2LMModel, source: str, card: str, tokenizer: str) -> Non
         if description.kind != "model":
             raise UserError(path, "holds an adapter, not a base", "give the base's own run or file as base=")
         check_description(path, description, model.config, card, tokenizer)
+    elif (path.parent / "config.json").is_file():
+        _check_architecture(path.parent / "config.json", card, model.config)
     try:
-        model.load_weight(tensors)
+        tensors = canonical(tensors)
+        positions = tensors.get(POSITION_TABLE)
+        if positions is not None:
+            tensors[POSITION_TABLE] = positions[: model.config.n_positions]
+        model.load_weight(tensors, may_be_missing)
     except ValueError as error:
         do = "choose the model card that the weights belong to (model=…)"
         raise UserError(path, f"does not fit model {card}: {error}", do) from None
@@ -45,13 +58,7 @@ def check_description(
     path: Path, description: Description, config: GPT2Config, card: str, tokenizer: str
 ) -> None:
     """Raises UserError unless the file was made for this architecture and this tokenizer."""
-    theirs = description.config
-    differing = [
-        f"{name} {theirs[name]} (here {getattr(config, name)})"
-        for name in _ARCHITECTURE
-        if theirs[name] != getattr(config, name)
-    ]
-    if differing:
+    if differing := _differences(description.gpt2_config, config):
         other = f"model {description.card}, not {card}" if description.card != card else f"another {card}"
         what = f"was made for {other}: it has {', '.join(differing)}"
         raise UserError(path, what, f"use model={description.card} and the data it was made with")
@@ -60,17 +67,40 @@ def check_description(
         raise UserError(path, what, "set data.tokenizer to the tokenizer/ folder of that run")
 
 
+def _check_architecture(path: Path, card: str, config: GPT2Config) -> None:
+    """Raises UserError unless the transformers config.json at `path` describes this architecture."""
+    do = "choose the model card that the weights belong to (model=…)"
+    try:
+        theirs = GPT2Config(path)
+    except ValueError as error:
+        raise UserError(path, f"is no GPT-2 ({error})", do) from None
+    if differing := _differences(theirs, config):
+        raise UserError(path, f"does not fit model {card}: it has {', '.join(differing)}", do)
+
+
+def _differences(theirs: GPT2Config, ours: GPT2Config) -> list[str]:
+    """What the base has otherwise; more positions than needed are no difference, nor is padding."""
+    return [
+        f"{name} {value} (here {getattr(ours, name)})"
+        for name in _ARCHITECTURE
+        if (value := getattr(theirs, name)) != getattr(ours, name)
+        and not (name == "n_positions" and value > ours.n_positions)
+        and not (name == "vocab_size" and value == ours.padded_vocab_size)
+    ]
+
+
 def _locate(source: str) -> Path:
     path = Path(source)
     if path.is_dir():
-        for name in (MODEL_FILE, "pytorch_model.bin"):
+        for name in _FILES:
             if (path / name).is_file():
                 return path / name
-        raise UserError(path, f"holds neither {MODEL_FILE} nor pytorch_model.bin", "give a folder that does")
+        raise UserError(path, f"holds neither {' nor '.join(_FILES)}", "give a folder that does")
     if path.exists() or path.suffix in _SUFFIXES or source.count("/") != 1 or source[0] in "./~":
         return path
     do = "check the name and the network, or download the folder elsewhere and give its path"
-    return fetch(source, MODEL_FILE, f"base={source}", do)
+    fetch(source, "config.json", f"base={source}", do)
+    return fetch(source, _FILES, f"base={source}", do)
 
 
 def _read(path: Path) -> tuple[Description | None, dict[str, Tensor]]:

@@ -6,7 +6,9 @@ sizes, tokenizer, and, for an adapter, the hash of the base that it was trained 
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +63,53 @@ def base_hash(model: GPT2LMModel) -> str:
     return digest.hexdigest()
 
 
-def save_weights(path: Path, model: GPT2LMModel, description: Description) -> None:
-    """Writes the whole base or the LoRA matrices, as `description.kind` says."""
+def save_model(path: Path, model: GPT2LMModel, description: Description) -> None:
+    """Writes every weight but LoRA's; `description.kind` is "model"."""
+    write_weights(path, {k: v for k, v in model.weights().items() if not is_lora(k)}, description)
+
+
+def save_adapter(path: Path, model: GPT2LMModel, description: Description) -> None:
+    """Writes the update alone, as plain factors: its description's config is that of the file."""
     assert not any(layer.merged for layer in model.lora_layers()), "files hold unmerged weights"
-    adapter = description.kind == "adapter"
-    tensors = {
-        name: value.detach().cpu().contiguous()
-        for name, value in model.weights().items()
-        if is_lora(name) == adapter
-    }
-    metadata = {"lora-gpt2": json.dumps({"format": FORMAT, **asdict(description)})}
+    config, tensors = plain_update(model)
+    write_weights(path, tensors, replace(description, config=config.to_dict()))
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
+    metadata = {"format": "pt", "lora-gpt2": json.dumps({"format": FORMAT, **asdict(description)})}
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata)
+        save_file(values, temporary, metadata)
+
+
+def plain_update(model: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]]:
+    """The LoRA tensors without any start to subtract, and the config that they are right for.
+
+    PiSSA's and OLoRA's s (B A - B0 A0) is s [B, -B0] [A; A0]: plain LoRA of twice the rank, which needs
+    nothing of how it was trained. Every other update is returned as it is.
+    """
+    tensors = {name: value.detach() for name, value in model.weights().items() if is_lora(name)}
+    config = model.config
+    if config.lora_init == "kaiming":
+        return config, tensors
+    for name in [name for name in tensors if name.endswith("lora_A0")]:
+        stem = name.removesuffix("A0")
+        a0, b0 = tensors.pop(f"{stem}A0"), tensors.pop(f"{stem}B0")
+        a, b = tensors[f"{stem}A"], tensors[f"{stem}B"]
+        rank = b.shape[1]
+        pairs = zip(torch.split(a, rank), torch.split(a0, rank), strict=True)
+        tensors[f"{stem}A"] = torch.cat([part for pair in pairs for part in pair])  # (n * 2 R, in)
+        tensors[f"{stem}B"] = torch.cat((b, -b0), dim=1)  # (n * out / P, 2 R)
+    grow = math.sqrt(2) if config.lora_rslora else 2
+    values = {
+        **config.to_dict(),
+        "lora_init": "kaiming",
+        "lora_attn_dim": 2 * config.lora_attn_dim,
+        "lora_attn_alpha": grow * config.lora_attn_alpha,
+        "lora_rank_pattern": {k: 2 * rank for k, rank in config.lora_rank_pattern.items()},
+        "lora_alpha_pattern": {k: grow * alpha for k, alpha in config.lora_alpha_pattern.items()},
+    }
+    return GPT2Config.from_dict(values), tensors
 
 
 def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:

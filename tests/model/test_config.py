@@ -7,7 +7,14 @@ from dataclasses import fields
 import pytest
 
 from lora_gpt2 import GPT2Config
-from lora_gpt2.model.config import LoraSettings, ModelSettings, Projection, gpt2_config
+from lora_gpt2.model.config import (
+    LoraBias,
+    LoraInit,
+    LoraSettings,
+    ModelSettings,
+    Target,
+    gpt2_config,
+)
 
 
 def test_defaults_are_the_documented_ones():
@@ -25,12 +32,20 @@ def test_defaults_are_the_documented_ones():
         ({"n_embd": 10, "n_head": 3}, "n_embd 10 is not divisible by n_head 3"),
         ({"lora_attn_dim": -1}, "rank must be a whole number of at least 0, not -1"),
         ({"lora_attn_dim": 2.5}, "rank must be a whole number of at least 0, not 2.5"),
-        ({"lora_targets": ["q", "o"]}, "among q, k, v, not o"),
-        ({"lora_targets": []}, "different ones of q, k, v"),
+        ({"lora_targets": ["q", "o"]}, "among q, k, v, c_attn, c_proj, mlp_c_fc, mlp_c_proj, not o"),
+        ({"lora_targets": []}, "different ones of q, k, v, c_attn"),
         ({"n_ctx": 2048}, "n_ctx 2048 is larger than n_positions 1024"),
         ({"n_layer": 0}, "n_layer must be a whole number of at least 1, not 0"),
         ({"fix_dropout": 1.0}, "fix_dropout must be in"),
         ({"lora_attn_alpha": 0}, "alpha must be above 0"),
+        ({"lora_targets": ["q", "c_attn"]}, "c_attn adapts q, k and v as one"),
+        ({"lora_init": "svd"}, "LoRA init must be one of kaiming, pissa, olora, not svd"),
+        ({"lora_bias": "some"}, "LoRA bias must be one of none, lora_only, all, not some"),
+        ({"lora_bias": "all", "bias": False}, "needs a model with biases"),
+        ({"vocab_multiple": 0}, "vocab_multiple must be at least 1, not 0"),
+        ({"lora_attn_dim": 2, "lora_rank_pattern": {"h.12.*": 4}}, r"the pattern h.12.\* fits no layer"),
+        ({"lora_rank_pattern": {"h.1.*": -4}}, "ranks must be at least 0"),
+        ({"lora_alpha_pattern": {"h.1.*": 0}}, "alphas must be above 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_at_construction(arguments, message):
@@ -76,11 +91,15 @@ def test_an_unknown_key_in_json_is_refused(tmp_path):
 
 
 def test_every_field_of_the_groups_reaches_the_config_and_none_is_left_over():
-    model = ModelSettings("card", 64, 32, 16, 3, 2, 1e-3, 0.5, 0.25)
-    lora = LoraSettings(7, 9.0, 0.125, 0.375, [Projection.k])
+    model = ModelSettings("card", 64, 32, 16, 3, 2, 1e-3, 0.5, 0.25, False, 48)
+    patterns = {"h.0.*": 11}, {"h.1.*": 12.0}
+    lora = LoraSettings(
+        7, 9.0, 0.125, 0.375, [Target.k], *patterns, True, True, LoraInit.pissa, LoraBias.none
+    )
     values = gpt2_config(model, lora, 50).to_dict()
     given = [getattr(model, f.name) for f in fields(model) if f.name != "name"]
-    given += [lora.rank, lora.alpha, lora.dropout, lora.rank_dropout, ["k"]]
+    given += [lora.rank, lora.alpha, lora.dropout, lora.rank_dropout, ["k"], *patterns, True, True]
+    given += ["pissa", "none"]
     assert sorted(map(str, values.values())) == sorted(map(str, [*given, 32]))  # n_positions is n_ctx too
     assert len(values) == len(inspect.signature(GPT2Config).parameters)
 
@@ -88,3 +107,25 @@ def test_every_field_of_the_groups_reaches_the_config_and_none_is_left_over():
 def test_a_card_vocabulary_smaller_than_the_tokenizers_is_refused():
     with pytest.raises(ValueError, match="40 is smaller than the tokenizer's 50"):
         gpt2_config(ModelSettings("card", 40), LoraSettings(), 50)
+
+
+def test_patterns_choose_rank_and_alpha_by_layer_and_the_first_that_fits_counts():
+    config = GPT2Config(
+        n_layer=2,
+        lora_attn_dim=4,
+        lora_attn_alpha=8,
+        lora_targets=["q", "mlp_c_fc"],
+        lora_rank_pattern={"h.0.attn.*": 0, "h.0.*": 2, "*.mlp.c_fc": 16},
+        lora_alpha_pattern={"*.attn.c_attn": 1},
+    )
+    assert config.lora_layers == {
+        "h.0.mlp.c_fc": (2, 8, [True]),
+        "h.1.attn.c_attn": (4, 1, [True, False, False]),
+        "h.1.mlp.c_fc": (16, 8, [True]),
+    }
+    assert GPT2Config.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(("multiple", "rows"), [(1, 50257), (64, 50304), (50257, 50257)])
+def test_the_token_table_is_padded_to_a_multiple(multiple, rows):
+    assert GPT2Config(vocab_multiple=multiple).padded_vocab_size == rows

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -5,7 +7,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.adapter import load_adapter
-from lora_gpt2.weights.store import ADAPTER_FILE, Description, base_hash, save_weights
+from lora_gpt2.weights.store import ADAPTER_FILE, Description, base_hash, save_adapter, save_model
 
 IDS = torch.tensor([[1, 5, 9, 2]])
 
@@ -22,7 +24,7 @@ def trained(tmp_path) -> GPT2LMModel:
     for layer in model.lora_layers():
         torch.nn.init.normal_(layer.lora_B)
     values = Description("adapter", "tiny", model.config.to_dict(), "tokens", base_hash(model), None, 0)
-    save_weights(tmp_path / ADAPTER_FILE, model, values)
+    save_adapter(tmp_path / ADAPTER_FILE, model, values)
     return model
 
 
@@ -41,18 +43,25 @@ def test_an_adapter_over_another_base_is_refused(tmp_path, trained):
 
 
 @pytest.mark.parametrize(
-    "lora", [{"lora_attn_dim": 3}, {"lora_targets": ("q", "k", "v")}, {"lora_attn_dim": 0}]
+    ("lora", "message"),
+    [
+        ({"lora_attn_dim": 3}, "lora_attn_dim 2 (here 3)"),
+        ({"lora_attn_alpha": 16}, "lora_attn_alpha 128 (here 16)"),
+        ({"lora_targets": ("q", "k", "v")}, "lora_targets ['q', 'v'] (here ['q', 'k', 'v'])"),
+        ({"lora_attn_dim": 0}, "lora_attn_dim 2 (here 0)"),
+        ({"lora_dora": True}, "lora_dora False (here True)"),
+    ],
 )
-def test_other_lora_settings_are_refused(tmp_path, trained, lora):
+def test_other_lora_settings_are_refused(tmp_path, trained, lora, message):
     model = build()
     other = GPT2LMModel(GPT2Config(11, 16, 16, 8, 2, 2, **{"lora_attn_dim": 2, **lora}))
     other.load_weight({k: v for k, v in model.weights().items() if "lora_" not in k})
-    with pytest.raises(UserError, match="does not fit"):
+    with pytest.raises(UserError, match=re.escape(f"was trained with {message}")):
         load_adapter(other, tmp_path)
 
 
 def test_a_model_is_no_adapter(tmp_path, trained):
     values = Description("model", "tiny", trained.config.to_dict(), "tokens")
-    save_weights(tmp_path / ADAPTER_FILE, trained, values)
+    save_model(tmp_path / ADAPTER_FILE, trained, values)
     with pytest.raises(UserError, match="holds no adapter"):
         load_adapter(build(), tmp_path)

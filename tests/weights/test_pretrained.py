@@ -8,7 +8,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.pretrained import load_base
-from lora_gpt2.weights.store import Description, save_weights
+from lora_gpt2.weights.store import Description, save_model
 
 CONFIG = GPT2Config(13, 16, 16, 8, 2, 2, lora_attn_dim=2)
 IDS = torch.tensor([[1, 5, 9, 2, 12]])
@@ -89,7 +89,7 @@ def test_a_pickle_of_anything_but_tensors_is_refused(tmp_path, model, content, c
 )
 def test_a_base_of_ours_must_be_made_for_the_run(tmp_path, model, config, tokenizer, kind, message):
     path = tmp_path / "model.safetensors"
-    save_weights(path, GPT2LMModel(config), Description(kind, "tiny", config.to_dict(), tokenizer))
+    save_model(path, GPT2LMModel(config), Description(kind, "tiny", config.to_dict(), tokenizer))
     with pytest.raises(UserError, match=message):
         load_base(model, str(tmp_path), "tiny", "tokens")
 

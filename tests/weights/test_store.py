@@ -8,7 +8,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights import store
-from lora_gpt2.weights.store import Description, base_hash, find, read_weights, save_weights
+from lora_gpt2.weights.store import Description, base_hash, find, read_weights, save_adapter, save_model
 
 IDS = torch.tensor([[1, 5, 9, 2], [3, 3, 0, 7]])
 
@@ -30,7 +30,8 @@ def description(model: GPT2LMModel, kind: str) -> Description:
 def test_a_model_and_an_adapter_come_back_bit_for_bit(tmp_path, model):
     twin = GPT2LMModel(model.config).eval()
     for kind in ("model", "adapter"):
-        save_weights(tmp_path / kind, model, description(model, kind))
+        save = save_adapter if kind == "adapter" else save_model
+        save(tmp_path / kind, model, description(model, kind))
         found, tensors = read_weights(tmp_path / kind)
         assert found == description(model, kind)
         assert all(("lora_" in name) == (kind == "adapter") for name in tensors)
@@ -50,7 +51,7 @@ def test_the_hash_sees_one_bit_of_the_base_and_nothing_of_the_update(model):
 @pytest.mark.parametrize("kept", [0, 7, 500])
 def test_a_file_cut_short_is_refused(tmp_path, model, kept):
     path = tmp_path / "model.safetensors"
-    save_weights(path, model, description(model, "model"))
+    save_model(path, model, description(model, "model"))
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"model.safetensors: is not a whole safetensors file"):
         read_weights(path)
@@ -81,7 +82,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
 
     monkeypatch.setattr(store, "save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
-        save_weights(path, model, description(model, "adapter"))
+        save_adapter(path, model, description(model, "adapter"))
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
