@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,11 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import text_files
 from lora_gpt2.evaluation.scorer import score_by_part, score_e2e, scores_as_dict
 from lora_gpt2.files import write_json
-from lora_gpt2.model.config import GPT2Config, gpt2_config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.reporting import screen
 from lora_gpt2.settings import GenerateSettings, TrainSettings
 from lora_gpt2.training.module import LanguageModeling
+from lora_gpt2.weights.pretrained import build_base
 from lora_gpt2.weights.store import base_hash
 
 
@@ -42,7 +43,7 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     _quiet()
     seed_everything(settings.seed, workers=True, verbose=False)
     data = DataToText(settings.data, runs.tokenizer_of(settings.base), settings.seed)
-    config = _config(settings, data)
+    config = runs.build_config(settings, data.tokenizer)
     screen.corpus(data.meta)
     if settings.dry_run:
         with torch.device("meta"):
@@ -51,7 +52,7 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     data.load(config.n_positions)
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
     names = settings.model.name, data.tokenizer.sha256
-    model = runs.build_base(config, settings.base, *names, settings.seed, settings.base_may_lack)
+    model = build_base(config, settings.base, *names, settings.seed, settings.base_may_lack)
     module = LanguageModeling(
         model,
         settings.optimizer,
@@ -76,15 +77,16 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
     """Decodes a split into `folder` and scores it; returns what scores.json holds, None on other ranks."""
     _quiet()
     seed_everything(settings.seed, workers=True, verbose=False)
-    data = DataToText(settings.data, runs.tokenizer_of(settings.adapter or settings.base), settings.seed)
-    model = runs.load(settings, data.tokenizer.sha256, data.tokenizer.vocab_size)
-    queries = _queries(settings, data, model.config)
+    source = next(iter(settings.adapters.values()), settings.adapter or settings.base)
+    data = DataToText(settings.data, runs.tokenizer_of(source), settings.seed)
+    models = runs.load(settings, data.tokenizer.sha256, data.tokenizer.vocab_size)
+    queries = _queries(settings, data, models)
     screen.queries(settings.split, queries)
     end_tokens = settings.decoding.end_tokens or data.tokenizer.end_tokens
     callbacks = {"writer": PartWriter(folder), **settings.callbacks}
     trainer = _trainer(settings.trainer, callbacks, None, folder)
     loader = _query_loader(queries, settings.decoding.batch_size, trainer)
-    trainer.predict(Decoding(model.eval(), settings.decoding, end_tokens), loader, return_predictions=False)
+    trainer.predict(Decoding(models, settings.decoding, end_tokens), loader, return_predictions=False)
     trainer.strategy.barrier()
     if not trainer.is_global_zero:
         return None
@@ -113,13 +115,6 @@ def _quiet() -> None:
         r"You're resuming from a checkpoint that ended before",  # LengthBuckets goes on where it stopped
     ):
         warnings.filterwarnings("ignore", message=expected)
-
-
-def _config(settings: TrainSettings, data: DataToText) -> GPT2Config:
-    try:
-        return gpt2_config(settings.model, settings.lora, data.tokenizer.vocab_size)
-    except ValueError as error:
-        raise UserError("model, lora", str(error), "change the settings named") from None
 
 
 def _trainer(
@@ -154,20 +149,34 @@ def _build(node: Any, **where: str) -> Any:
     return instantiate({**taken, **node})
 
 
-def _queries(settings: GenerateSettings, data: DataToText, config: GPT2Config) -> Queries:
-    longest = min(settings.data.seq_len, config.n_positions) - settings.decoding.eval_len
+def _queries(settings: GenerateSettings, data: DataToText, models: Mapping[str, GPT2LMModel]) -> Queries:
+    positions = models[""].config.n_positions
+    longest = min(settings.data.seq_len, positions) - settings.decoding.eval_len
     if longest < 1:
         what = f"{settings.decoding.eval_len} leaves no room for a context"
         raise UserError("decoding.eval_len", what, "make it smaller than data.seq_len")
-    rows = data.rows(settings.split, config.n_positions)
-    queries = Queries((row.context for row in rows), longest)
+    rows = list(data.rows(settings.split, positions))
+    for line, row in enumerate(rows, start=1):
+        if row.adapter not in models:
+            known = ", ".join(filter(None, models)) or "none"
+            what = f'asks for the adapter "{row.adapter}", loaded are: {known}'
+            do = f"give its run: adapters={{{row.adapter}:RUN}}"
+            raise UserError(f"{data.folder / settings.split}.jsonl:{line}", what, do)
+    queries = Queries(((row.adapter, row.context) for row in rows), longest)
     if settings.limit:
         queries.limit(settings.limit)
     return queries
 
 
 def _query_loader(queries: Queries, batch_size: int, trainer: Trainer) -> DataLoader[list[Query]]:
-    lengths = torch.tensor([len(context) for context in queries.contexts])
+    order = {name: i for i, name in enumerate(dict.fromkeys(queries.adapters))}
+    longest = max(map(len, queries.contexts))  # a batch asks one adapter, but for where two of them meet
+    lengths = torch.tensor(
+        [
+            len(context) + order[name] * longest
+            for context, name in zip(queries.contexts, queries.adapters, strict=True)
+        ]
+    )
     batches = LengthBuckets(
         lengths, batch_size, shuffle=False, rank=trainer.global_rank, ranks=trainer.world_size
     )

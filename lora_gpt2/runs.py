@@ -1,7 +1,6 @@
 """A run's folder: what training leaves there, and how the next stage starts from it."""
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,70 +10,87 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from lora_gpt2.data.tokenizer import Tokenizer
+from lora_gpt2.data.tokenizer import MERGES_FILES, Tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config, LoraSettings, gpt2_config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
 from lora_gpt2.training.module import LanguageModeling
-from lora_gpt2.weights.adapter import load_adapter, read_description
-from lora_gpt2.weights.pretrained import describe_base, load_base
+from lora_gpt2.weights.adapter import describe_adapter, open_adapter
+from lora_gpt2.weights.pretrained import build_base, check_tokenizer, describe_base
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, Description, find, save_adapter, save_model
 
 
 def tokenizer_of(source: str | None) -> str:
-    """The tokenizer that a run's folder holds, or else GPT-2's."""
+    """The tokenizer that the folder of a run, or of a GPT-2 in transformers' form, holds, or else GPT-2's."""
     if source is not None:
         folder = Path(source) if Path(source).is_dir() else Path(source).parent
-        if (folder / "tokenizer").is_dir():
-            return str(folder / "tokenizer")
+        for place in (folder / "tokenizer", folder):
+            if any((place / name).is_file() for name in MERGES_FILES):
+                return str(place)
     return "gpt2"
 
 
-def build_base(
-    config: GPT2Config,
-    source: str | None,
-    card: str,
-    tokenizer: str,
-    seed: int,
-    may_be_missing: Sequence[str] = (),
-) -> GPT2LMModel:
-    """A model with the base weights found at `source`, or random ones drawn from `seed`."""
-    torch.manual_seed(seed)
-    model = GPT2LMModel(config)
-    if source is not None:
-        load_base(model, source, card, tokenizer, may_be_missing)
-    return model
+def build_config(settings: TrainSettings, tokenizer: Tokenizer) -> GPT2Config:
+    """The model's sizes, by the groups `model` and `lora` and the tokenizer. Raises UserError."""
+    try:
+        return gpt2_config(settings.model, settings.lora, tokenizer.vocab_size)
+    except ValueError as error:
+        raise UserError("model, lora", str(error), "change the settings named") from None
 
 
-def load(settings: GenerateSettings, tokenizer: str, vocab_size: int) -> GPT2LMModel:
-    """The model that `base` and `adapter` name, the adapter merged into it.
+def load(settings: GenerateSettings, tokenizer: str, vocab_size: int) -> dict[str, GPT2LMModel]:
+    """The models to decode with, by the names that rows give them; "" for rows that name none.
 
+    One adapter is merged into its base; several share one base in memory, unmerged.
     Raises UserError when card, tokenizer or base do not fit each other.
     """
-    card, config, seed, source = _described(settings, vocab_size)
-    if settings.model is not None and settings.model.name != card:
-        what = f"was made for model {card}, not {settings.model.name}"
-        raise UserError(settings.adapter or str(source), what, f"leave model= out or use model={card}")
-    model = build_base(config, source, card, tokenizer, seed)
+    if not settings.adapters:
+        return {"": _load_one(settings, settings.adapter, tokenizer, vocab_size)}
+    models = {
+        name: _load_one(settings, source, tokenizer, vocab_size) for name, source in settings.adapters.items()
+    }
+    default = settings.adapter or next(iter(models))
+    first = describe_adapter(settings.adapters[default])[1]
+    for name, source in settings.adapters.items():
+        if (found := describe_adapter(source)[1].base_sha256) != first.base_sha256:
+            what = f"has another base (hash {found[:12]}…) than {default} ({first.base_sha256[:12]}…)"
+            raise UserError(f"adapters.{name}", what, "decode with adapters over one base")
+        models[name].share_base(models[default])
     if settings.adapter is not None:
-        load_adapter(model, settings.adapter)
-        model.merge()
-    return model
+        return {**models, "": models[default]}
+    plain = GPT2LMModel(first.gpt2_config.without_lora()).eval()
+    plain.share_base(models[default])
+    return {**models, "": plain}
 
 
-def _described(settings: GenerateSettings, vocab_size: int) -> tuple[str, GPT2Config, int, str | None]:
-    """Card, sizes, seed and source of the base: as the adapter or the base says, else as `model` does."""
-    if settings.adapter is not None:
-        _, description = read_description(settings.adapter)
-        source = settings.base or description.base_source
-        return description.card, description.gpt2_config, description.seed, source
+def _load_one(
+    settings: GenerateSettings, adapter: str | None, tokenizer: str, vocab_size: int
+) -> GPT2LMModel:
+    if adapter is not None:
+        path, about = describe_adapter(adapter)
+        _check_card(settings, str(path), about.card)
+        check_tokenizer(path, about, tokenizer)
+        model, _ = open_adapter(adapter, settings.base)
+        if not settings.adapters:
+            model.merge()
+        return model
     source = str(settings.base)
-    if (own := describe_base(source)) is not None:
-        return own.card, own.gpt2_config, own.seed, source
+    described = describe_base(source)
+    if described is not None and (described.card or settings.model is None):
+        _check_card(settings, source, described.card)
+        config, card = described.gpt2_config, described.card or "gpt2"
+        return build_base(config, source, card, tokenizer, settings.seed).eval()
     if settings.model is None:
         raise UserError(source, "does not say which model it is", "name the card, e.g. model=gpt2.md")
-    return settings.model.name, gpt2_config(settings.model, LoraSettings(), vocab_size), 0, source
+    config = gpt2_config(settings.model, LoraSettings(), vocab_size)
+    return build_base(config, source, settings.model.name, tokenizer, settings.seed).eval()
+
+
+def _check_card(settings: GenerateSettings, source: str, card: str) -> None:
+    if settings.model is not None and settings.model.name != card:
+        what = f"was made for model {card}, not {settings.model.name}"
+        raise UserError(source, what, f"leave model= out or use model={card}")
 
 
 def checkpoint_file(resume: str | None) -> str | None:

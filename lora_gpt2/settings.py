@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import CompactHydraException
@@ -75,7 +75,9 @@ class GenerateSettings:
     model: ModelSettings | None = None
     """Only to insist on a card; the weights say theirs."""
     adapter: str | None = None
-    """A run's folder or an adapter file."""
+    """A run's folder or an adapter file; or one of the names in `adapters`, for rows that name none."""
+    adapters: dict[str, str] = field(default_factory=dict)
+    """Several over one base, e.g. {hotels:RUN1,museums:RUN2}; a row says which by its "adapter"."""
     base: str | None = None
     """Base weights; null: those that the adapter was trained on."""
     split: str = "test"
@@ -85,7 +87,12 @@ class GenerateSettings:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if self.adapter is None and self.base is None:
+        for name, run in self.adapters.items():
+            if not isinstance(run, str):
+                raise ValueError(f"adapters.{name} must be a run's folder or a file, not {run}")
+        if self.adapters and self.adapter is not None and self.adapter not in self.adapters:
+            raise ValueError(f"adapter {self.adapter} is none of adapters: {', '.join(self.adapters)}")
+        if self.adapter is None and self.base is None and not self.adapters:
             raise ValueError("neither adapter nor base is set: give the folder of a run, adapter=outputs/…")
         if self.split not in ("train", "valid", "test"):
             raise ValueError(f"split must be train, valid or test, not {self.split}")
@@ -97,7 +104,7 @@ def register() -> None:
     """Makes the typed schemas known to Hydra, under the name that each group's files start from."""
     store = ConfigStore.instance()
     store.store("train_schema", TrainSettings)
-    store.store("generate_schema", GenerateSettings)
+    store.store("generate_schema", _open_mappings(GenerateSettings))
     for group, schema in {
         "model": ModelSettings,
         "lora": LoraSettings,
@@ -105,7 +112,16 @@ def register() -> None:
         "optimizer": OptimizerSettings,
         "decoding": DecodingSettings,
     }.items():
-        store.store("schema", schema, group=group)
+        store.store("schema", _open_mappings(schema), group=group)
+
+
+def _open_mappings(schema: type) -> DictConfig:
+    """The schema with mappings that take new keys: ``adapters={a:RUN}``, where Hydra would want a ``+``."""
+    cfg = OmegaConf.structured(schema)
+    for one in fields(schema):
+        if get_origin(get_type_hints(schema)[one.name]) is dict and not OmegaConf.is_missing(cfg, one.name):
+            OmegaConf.set_struct(cfg[one.name], False)
+    return cast(DictConfig, cfg)
 
 
 def resolve(cfg: DictConfig, schema: type[S]) -> S:

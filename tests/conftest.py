@@ -64,3 +64,22 @@ def tiny(tiny_corpus) -> list[str]:
     """Overrides for training a tiny model on the tiny corpus: 6 steps an epoch."""
     return [*TINY, "data=jsonl", f"data.root={tiny_corpus}", "data.tokenizer=corpus:280", "data.batch_size=7",
             "optimizer.warmup_steps=2", "optimizer.lr=1e-2", "trainer.max_epochs=3"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, tiny_corpus) -> Path:
+    """A base that has learned to repeat its input, and two adapters over it."""
+    folder = tmp_path_factory.mktemp("run")
+    common = [
+        *TINY,
+        "data=jsonl",
+        f"data.root={tiny_corpus}",
+        "optimizer.lr=1e-2",
+        "optimizer.warmup_steps=2",
+    ]
+    train(folder / "base", *common, "data.tokenizer=corpus:280", "trainer.max_epochs=20")
+    over = [*common, "lora=qv", f"base={folder / 'base'}", "trainer.max_epochs=1"]
+    train(folder / "adapter", *over)
+    strong = ["optimizer.lr=5e-2", "trainer.max_epochs=4", "keep=last", "data.objective=jlm"]
+    train(folder / "other", *over, *strong, "lora.rank=2", "lora.targets=[q,k,mlp_c_fc]")
+    return folder

@@ -62,6 +62,22 @@ def test_encode_says_what_it_wrote(tmp_path):
         (["encode", "e2e"], 2, "Missing option"),
         (["encodd"], 2, "No such command"),
         (["encode", "e3e", "--input", "x", "--output", "y"], 2, "e3e"),
+        (["merge", "/nowhere", "--output", "x"], 1, "/nowhere: there is no such file"),
+        (["export", "peft", "/nowhere", "--output", "x"], 1, "/nowhere: there is no such file"),
+        (["import", "peft", "/nowhere", "--output", "x"], 1, "no base is given; use --base"),
+        (
+            ["import", "peft", "/nowhere", "--output", "x", "--base", "/none"],
+            1,
+            "/none: there is no such file",
+        ),
+        (["combine", "a", "b", "--output", "x", "--weights", "1"], 1, "--weights: '1' is not 2 numbers"),
+        (["combine", "a", "b", "--output", "x", "--weights", "1,b"], 1, "--weights: '1,b' is not 2 numbers"),
+        (["inspect", "/nowhere"], 1, "/nowhere: there is no such file"),
+        (["inspect", "/nowhere", "--output", "x"], 1, "say to which rank: --to-rank 2"),
+        (["plan", "lora.rnak=3"], 1, "Could not override 'lora.rnak'"),
+        (["plan", "model=gpt2.smm"], 1, "Could not find 'model/gpt2.smm'"),
+        (["plan", "data=e2e"], 1, "data.root is missing"),
+        (["plan", "model.n_head=5"], 1, "n_embd 128 is not divisible by n_head 5"),
     ],
 )
 def test_a_users_mistake_is_one_message(arguments, code, message):

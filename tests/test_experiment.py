@@ -13,7 +13,7 @@ from lora_gpt2 import runs
 from lora_gpt2.data.jsonl import read_text_rows
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
-from tests.conftest import TINY, generate, settings_of, train
+from tests.conftest import generate, settings_of, train
 
 ROOT = Path(__file__).parents[1]
 DECODING = ["data=jsonl", "data.seq_len=64", "decoding.eval_len=16", "decoding.beam_size=3"]
@@ -22,22 +22,6 @@ DECODING = ["data=jsonl", "data.seq_len=64", "decoding.eval_len=16", "decoding.b
 def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / f"{name}.py", *arguments]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny_corpus) -> Path:
-    """A base that has learned to repeat its input, and an adapter over it."""
-    folder = tmp_path_factory.mktemp("run")
-    common = [
-        *TINY,
-        "data=jsonl",
-        f"data.root={tiny_corpus}",
-        "optimizer.lr=1e-2",
-        "optimizer.warmup_steps=2",
-    ]
-    train(folder / "base", *common, "data.tokenizer=corpus:280", "trainer.max_epochs=20")
-    train(folder / "adapter", *common, "lora=qv", f"base={folder / 'base'}", "trainer.max_epochs=1")
-    return folder
 
 
 def test_one_line_a_row_in_order_and_scores_beside(tmp_path, run, tiny_corpus):
@@ -72,7 +56,7 @@ def test_the_adapter_finds_its_base_and_tokenizer_again(run):
     settings = settings_of("generate", [f"adapter={run / 'adapter'}", "data=demo"])
     tokenizer = load_tokenizer(runs.tokenizer_of(settings.adapter))
     assert tokenizer.vocab_size == 280
-    model = runs.load(settings, tokenizer.sha256, 280)
+    model = runs.load(settings, tokenizer.sha256, 280)[""]
     base = load_file(run / "base" / "model.safetensors")
     assert torch.equal(model.transformer.wte.weight, base["transformer.wte.weight"])
     assert all(layer.merged for layer in model.lora_layers())

@@ -21,7 +21,7 @@ LAYERS = [
     {"reporting"},
     {"settings"},
     {"runs"},
-    {"experiment"},
+    {"experiment", "conversion", "plan"},
     {"demo"},
     {"cli"},
 ]

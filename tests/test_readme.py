@@ -1,7 +1,9 @@
-"""Every command and every line of Python that the README shows runs."""
+"""Every command and every line of Python that the README and docs/adapters.md show runs."""
 
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +16,15 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+ADAPTERS = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("make ")]
+ABOUT_ADAPTERS = [line for block in blocks("bash", ADAPTERS) for line in block.splitlines()]
 SMALL = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "trainer.max_steps=2", "data.batch_size=2",
          "data.eval_batch_size=2", "trainer.precision=32-true"]  # fmt: skip
 """What makes any training of the README a matter of seconds."""
@@ -50,6 +56,7 @@ def small(command: str) -> list[str]:
     """The command with this interpreter, and with a small model from random weights where it trains one."""
     program, *arguments = shlex.split(command)
     if program == "lora-gpt2":
+        arguments += SMALL if arguments[0] == "plan" else []
         return [sys.executable, "-m", "lora_gpt2.cli", *arguments]
     script, *arguments = arguments
     assert program == "python"
@@ -67,6 +74,27 @@ def test_a_command_of_the_readme_runs(command, folder):
     done = subprocess.run(
         small(command), cwd=folder, capture_output=True, text=True, check=False, timeout=300
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def adapters(folder, run, tiny_corpus) -> Path:
+    """The same place with a base and two adapters in outputs/, and ROWS, of which one chooses an adapter."""
+    shutil.copytree(run, folder / "outputs", dirs_exist_ok=True)
+    (folder / "ROWS").mkdir()
+    rows = [json.loads(line) for line in (tiny_corpus / "test.jsonl").read_text().splitlines()]
+    rows[0]["adapter"] = "other"
+    (folder / "ROWS" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("command", ABOUT_ADAPTERS)
+def test_a_command_about_adapters_runs(command, adapters):
+    """In the order of the page; training as in the README, decoding shortened."""
+    arguments = small(command)
+    if "generate.py" in command:
+        arguments += ["data.seq_len=64", "limit=2"]
+    done = subprocess.run(arguments, cwd=adapters, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -176,7 +176,10 @@ def _encode(corpus: str, inputs: dict[str, Input], tokenizer: Tokenizer, output:
     for split, source in inputs.items():
         if source.ids is not None:
             rows = list(read_rows(source.ids, tokenizer.vocab_size))
-            texts = [TextRow(tokenizer.clean(row.context), tokenizer.clean(row.completion)) for row in rows]
+            texts = [
+                TextRow(tokenizer.clean(row.context), tokenizer.clean(row.completion), adapter=row.adapter)
+                for row in rows
+            ]
         else:
             texts = list(source.read())
             rows = _encode_rows(texts, tokenizer)
@@ -196,7 +199,7 @@ def _encode_rows(texts: list[TextRow], tokenizer: Tokenizer) -> list[Row]:
     contexts = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
     completions = tokenizer.encode_batch([_said(row) for row in texts])
     return [
-        Row(contexts[row.context] + end, completion + end)
+        Row(contexts[row.context] + end, completion + end, row.adapter)
         for row, completion in zip(texts, completions, strict=True)
     ]
 

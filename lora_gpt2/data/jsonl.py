@@ -16,14 +16,19 @@ class Row(NamedTuple):
 
     context: list[int]
     completion: list[int]
+    adapter: str = ""
+    """Which adapter decodes it, where several are loaded."""
 
 
 class TextRow(NamedTuple):
-    """One example as text. `part` is "seen" or "unseen" where a corpus tells these apart, else empty."""
+    """One example as text."""
 
     context: str
     completion: str
     part: str = ""
+    """seen or unseen, where a corpus tells these apart."""
+    adapter: str = ""
+    """As in `Row`."""
 
 
 def read_rows(path: str | Path, vocab_size: int | None = None) -> Iterator[Row]:
@@ -33,31 +38,37 @@ def read_rows(path: str | Path, vocab_size: int | None = None) -> Iterator[Row]:
     with `vocab_size`, not below it.
     """
     for where, value in _objects(path, ENCODE_AGAIN):
-        yield Row(_ids(where, value, "context", vocab_size), _ids(where, value, "completion", vocab_size))
+        adapter = _text(where, value, "adapter", ENCODE_AGAIN) if "adapter" in value else ""
+        context, completion = (_ids(where, value, key, vocab_size) for key in ("context", "completion"))
+        yield Row(context, completion, adapter)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
     """Writes BPE JSONL, whole or not at all; returns the number of rows."""
-    return _write(path, ({"context": row.context, "completion": row.completion} for row in rows))
+
+    def value(row: Row) -> dict[str, Any]:
+        pair = {"context": row.context, "completion": row.completion}
+        return {**pair, "adapter": row.adapter} if row.adapter else pair
+
+    return _write(path, map(value, rows))
 
 
 def read_text_rows(path: str | Path) -> Iterator[TextRow]:
-    """The rows of a text JSONL file, ``{"context": str, "completion": str}`` and perhaps ``"part"``.
+    """The rows of a text JSONL file: ``{"context": str, "completion": str}``, perhaps a part, an adapter.
 
     Raises UserError at the first line that is not such a row.
     """
     do = 'each line needs the texts "context" and "completion"'
     for where, value in _objects(path, do):
-        part = _text(where, value, "part", do) if "part" in value else ""
-        yield TextRow(_text(where, value, "context", do), _text(where, value, "completion", do), part)
+        others = {key: _text(where, value, key, do) for key in ("part", "adapter") if key in value}
+        yield TextRow(*(_text(where, value, key, do) for key in ("context", "completion")), **others)
 
 
 def write_text_rows(path: str | Path, rows: Iterable[TextRow]) -> int:
     """Writes text JSONL, whole or not at all; returns the number of rows."""
 
     def value(row: TextRow) -> dict[str, str]:
-        pair = {"context": row.context, "completion": row.completion}
-        return {**pair, "part": row.part} if row.part else pair
+        return {key: text for key, text in row._asdict().items() if text or key in ("context", "completion")}
 
     return _write(path, map(value, rows))
 

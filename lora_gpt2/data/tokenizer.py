@@ -96,6 +96,16 @@ class Tokenizer:
         write_json(Path(folder) / VOCABULARY_FILES[0], self.vocabulary)
         write_text(Path(folder) / MERGES_FILES[0], "\n".join(lines) + "\n")
 
+    def save_for_transformers(self, folder: str | Path, positions: int) -> None:
+        """Writes what AutoTokenizer reads, vocab.json and merges.txt among it; `positions`: longest input."""
+        self.save(folder)
+        fast = _byte_level(models.BPE(vocab=self.vocabulary, merges=list(self.merges)))
+        fast.add_special_tokens([tokenizers.AddedToken(END_OF_TEXT, normalized=True)])
+        write_text(Path(folder) / "tokenizer.json", fast.to_str(pretty=True))
+        ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+        about = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, "model_max_length": positions}
+        write_json(Path(folder) / "tokenizer_config.json", {**about, **ends})
+
 
 def load_tokenizer(source: str) -> Tokenizer:
     """The tokenizer named by `source`: a local folder, else gpt2, else owner/name on the hub.

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import nn
 from torch.utils.data import Dataset
 
 from lora_gpt2.decoding.beam import Hypothesis
@@ -19,41 +20,56 @@ from lora_gpt2.model.language_model import GPT2LMModel
 class Query(NamedTuple):
     number: int
     context: list[int]
+    adapter: str = ""
 
 
 class Queries(Dataset[list[Query]]):
-    """The different contexts of a split in order of first appearance; ``of_row``: which one a row has."""
+    """What a split asks for: its different contexts in order of first appearance.
 
-    def __init__(self, contexts: Iterable[Sequence[int]], longest: int) -> None:
-        """A context is cut to its last `longest` tokens; ``cut`` counts those."""
-        numbers: dict[tuple[int, ...], int] = {}
-        found = (numbers.setdefault(tuple(context), len(numbers)) for context in contexts)
+    ``of_row``: which one a row has; ``adapters``: whom each one asks, the same context with two adapters
+    being two queries.
+    """
+
+    def __init__(self, rows: Iterable[tuple[str, Sequence[int]]], longest: int) -> None:
+        """`rows`: (adapter, context). A context is cut to its last `longest` tokens; ``cut`` counts those."""
+        numbers: dict[tuple[str, tuple[int, ...]], int] = {}
+        found = (numbers.setdefault((adapter, tuple(context)), len(numbers)) for adapter, context in rows)
         self.of_row = dict(enumerate(found))
-        self.contexts = [list(context[-longest:]) for context in numbers]
-        self.cut = sum(len(context) > longest for context in numbers)
+        self.adapters = [adapter for adapter, _ in numbers]
+        self.contexts = [list(context[-longest:]) for _, context in numbers]
+        self.cut = sum(len(context) > longest for _, context in numbers)
 
     def __len__(self) -> int:
         return len(self.contexts)
 
     def __getitem__(self, numbers: Sequence[int]) -> list[Query]:
-        return [Query(number, self.contexts[number]) for number in numbers]
+        return [Query(number, self.contexts[number], self.adapters[number]) for number in numbers]
 
     def limit(self, count: int) -> None:
         """Keeps the first `count` contexts and the rows that have them."""
-        self.contexts = self.contexts[:count]
+        self.contexts, self.adapters = self.contexts[:count], self.adapters[:count]
         self.of_row = {row: number for row, number in self.of_row.items() if number < count}
 
 
 class Decoding(LightningModule):
-    """Decodes one batch of queries."""
+    """Decodes one batch of queries, each by the model of the adapter that it asks for."""
 
-    def __init__(self, model: GPT2LMModel, settings: DecodingSettings, end_tokens: list[int]) -> None:
+    def __init__(
+        self, models: Mapping[str, GPT2LMModel], settings: DecodingSettings, end_tokens: list[int]
+    ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer queries than ranks
-        self.model, self.settings, self.end_tokens = model, settings, end_tokens
+        self.names, self.models = list(models), nn.ModuleList(models.values())
+        self.settings, self.end_tokens = settings, end_tokens
 
     def predict_step(self, batch: list[Query], batch_idx: int) -> list[Hypothesis]:
-        return decode(self.model, [query.context for query in batch], self.settings, self.end_tokens)
+        found: dict[int, Hypothesis] = {}
+        for name in dict.fromkeys(query.adapter for query in batch):
+            queries = [query for query in batch if query.adapter == name]
+            model = cast(GPT2LMModel, self.models[self.names.index(name)])
+            outputs = decode(model, [query.context for query in queries], self.settings, self.end_tokens)
+            found |= {query.number: output for query, output in zip(queries, outputs, strict=True)}
+        return [found[query.number] for query in batch]
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         return batch  # plain lists; `decode` makes the tensors

@@ -12,9 +12,12 @@ from lora_gpt2.model.attention import attend, causal_attention
 
 
 class LayerCache(Protocol):
-    """One layer's memory: takes the new tokens' q, k, v (B, H, T, D), returns what attention reads."""
+    """One layer's memory: takes the new tokens' q, k, v (B, H, T, D), returns what attention reads.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+    `p`: dropout of the attention weights, while training.
+    """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor: ...
 
 
 class RowCache:
@@ -29,15 +32,15 @@ class RowCache:
         self.past, self.len_past = past, len_past
         self.present: Tensor | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
         if self.past is None:
             self.present = torch.stack((k, v))
-            return causal_attention(q, k, v)
+            return causal_attention(q, k, v, p)
         if self.len_past is None:
             self.present = torch.cat((self.past, torch.stack((k, v))), dim=3)  # (2, B, H, S + T, D)
             new, total = k.size(2), self.present.size(3)
             seen = torch.ones(new, total, dtype=torch.bool, device=q.device).tril(total - new)  # (T, S + T)
-            return attend(q, self.present[0], self.present[1], seen)
+            return attend(q, self.present[0], self.present[1], seen, p)
         if k.size(2) != 1:
             raise ValueError(f"with len_past the input is one token a row, not {k.size(2)}")
         rows = torch.arange(k.size(0), device=k.device)
@@ -46,7 +49,7 @@ class RowCache:
         self.present = self.past
         slots = torch.arange(self.past.size(3), device=q.device)
         seen = (slots <= self.len_past[:, None])[:, None, None]  # (B, 1, 1, S)
-        return attend(q, self.past[0], self.past[1], seen)
+        return attend(q, self.past[0], self.past[1], seen, p)
 
 
 class PrefixCache:
@@ -62,7 +65,8 @@ class PrefixCache:
         self.added = torch.empty(0)  # (2, Q, K, H, new_tokens, D)
         self.used = 0
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+        assert p == 0, "beams are decoded in eval mode"
         if self.prefix is None:
             self.prefix = torch.stack((k, v))
             return causal_attention(q, k, v)

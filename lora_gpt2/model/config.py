@@ -5,7 +5,7 @@ Knows no torch, so that a wrong setting is refused before anything is loaded.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -140,6 +140,15 @@ class GPT2Config:
     def scaling(self, lora: LayerLora) -> float:
         """The factor of B A."""
         return lora.alpha / (math.sqrt(lora.rank) if self.lora_rslora else lora.rank)
+
+    def differences(self, here: "GPT2Config", names: Iterable[str]) -> list[str]:
+        """Those of the settings `names` that differ, with both values."""
+        own, other = self.to_dict(), here.to_dict()
+        return [f"{name} {own[name]} (here {other[name]})" for name in names if own[name] != other[name]]
+
+    def without_lora(self) -> "GPT2Config":
+        """The same sizes, nothing adapted."""
+        return GPT2Config.from_dict({k: v for k, v in self.to_dict().items() if not k.startswith("lora_")})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `GPT2Config.from_dict` takes them back."""

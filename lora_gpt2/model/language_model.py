@@ -94,6 +94,13 @@ class GPT2LMModel(nn.Module):
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
         wpe.num_embeddings = block_size
 
+    def share_base(self, other: "GPT2LMModel") -> None:
+        """Takes the base weights of `other`, of the same sizes, as they are: one copy in memory for both."""
+        theirs = dict(other.named_modules())
+        for place, module in self.named_modules():
+            for name in [name for name in module._parameters if not is_lora(name)]:
+                setattr(module, name, getattr(theirs[place], name))
+
     def merge(self) -> None:
         for layer in self.lora_layers():
             layer.merge()
@@ -136,15 +143,24 @@ class GPT2LMModel(nn.Module):
         self, input_ids: Tensor, labels: Tensor, mask: Tensor, label_smooth: float = 0.0
     ) -> Tensor:
         """The loss of `forward` on (B, T) each, with the head run on the target positions alone."""
-        losses = token_loss(self._target_logits(input_ids, mask), labels[mask], label_smooth)
+        positions = mask.flatten().nonzero().squeeze(1)
+        return self.loss_at(input_ids, positions, labels.flatten()[positions], label_smooth)
+
+    def loss_at(
+        self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_smooth: float = 0.0
+    ) -> Tensor:
+        """The mean loss of `targets` (N,) at `positions` (N,) of the flattened `input_ids` (B, T)."""
+        losses = token_loss(self._logits_at(input_ids, positions), targets, label_smooth)
         return batch_loss(losses, torch.ones_like(losses))
 
     def completion_report(self, input_ids: Tensor, labels: Tensor, mask: Tensor) -> CompletionReport:
         """Plain loss and accuracies of a batch, (B, T) each; `mask` is boolean."""
-        return completion_report(self._target_logits(input_ids, mask), labels, mask)
+        logits = self._logits_at(input_ids, mask.flatten().nonzero().squeeze(1))
+        return completion_report(logits, labels, mask)
 
-    def _target_logits(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        return self.lm_head(self.transformer.hidden_states(input_ids)[mask])  # (N, V)
+    def _logits_at(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        hidden = self.transformer.hidden_states(input_ids)  # (B, T, C)
+        return self.lm_head(hidden.flatten(0, 1).index_select(0, positions))  # (N, V)
 
     def load_weight(self, state_dict: Mapping[str, Any], may_be_missing: Sequence[str] = ()) -> None:
         """Loads a base, an update, or both, in any of the published layouts (see `lora_gpt2.model.keys`).

@@ -195,23 +195,29 @@ class MergedLinear(nn.Module):
         """(projection, what it adds (..., out / P)) of each enabled one."""
         n = len(self.enabled)
         x = dropout(x, self.lora_dropout, self.training)
-        low = F.linear(x, self.lora_A)  # (..., n * R)
-        low = dropout(low, self.lora_r_dropout, self.training) * self.scaling
-        factors = zip(low.chunk(n, dim=-1), self.lora_B.chunk(n), strict=True)
-        updates = [F.linear(low_i, b) for low_i, b in factors]
-        if self.init != "kaiming":
-            start = F.linear(x, self.lora_A0) * self.scaling
-            factors = zip(start.chunk(n, dim=-1), self.lora_B0.chunk(n), strict=True)
-            updates = [u - F.linear(low_i, b) for u, (low_i, b) in zip(updates, factors, strict=True)]
+        updates: list[Tensor] = []
+        for a, b in self._factors():
+            low = F.linear(x, a)  # (..., n * R)
+            low = dropout(low, self.lora_r_dropout, self.training) * self.scaling
+            pairs = zip(low.chunk(n, dim=-1), b.chunk(n), strict=True)
+            parts = [F.linear(low_i, b_i) for low_i, b_i in pairs]
+            updates = [u + part for u, part in zip(updates, parts, strict=True)] if updates else parts
         return list(zip(self.enabled, updates, strict=True))
+
+    def _factors(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) pairs, stacked, whose products add up to the update.
+
+        Less its start, B A - B0 A0 = (B - B0) A + B0 (A - A0): no difference of large products.
+        """
+        if self.init == "kaiming":
+            return [(self.lora_A, self.lora_B)]
+        return [(self.lora_A, self.lora_B - self.lora_B0), (self.lora_A - self.lora_A0, self.lora_B0)]
 
     def _low_rank(self, j: int) -> Tensor:
         """s (B A - B0 A0) of the j-th enabled projection, (out / P, in)."""
         n = len(self.enabled)
-        product = self.lora_B.chunk(n)[j] @ self.lora_A.chunk(n)[j]
-        if self.init != "kaiming":
-            product = product - self.lora_B0.chunk(n)[j] @ self.lora_A0.chunk(n)[j]
-        return self.scaling * product
+        products = [b.chunk(n)[j] @ a.chunk(n)[j] for a, b in self._factors()]
+        return self.scaling * (products[0] if len(products) == 1 else products[0] + products[1])
 
     def _whole_bias(self) -> Tensor | None:
         if self.bias is None or self.lora_bias is None or self.merged:

@@ -1,5 +1,6 @@
 """What a run prints: the corpus, the model, the scores. Rank 0 alone speaks."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,15 @@ def before_and_after(before: dict[str, Any], after: dict[str, Any]) -> None:
     table = Table("metric", "base", "adapted")
     for metric in after["signatures"]:
         table.add_row(metric, *(_figure(report[metric]) for report in (before, after)))
+    _console.print(table)
+
+
+@rank_zero_only
+def figures(named: Mapping[str, str]) -> None:
+    """A table of two columns."""
+    table = Table(show_header=False)
+    for name, figure in named.items():
+        table.add_row(name, figure)
     _console.print(table)
 
 

@@ -25,6 +25,8 @@ class OptimizerSettings:
     """Added to the root of the second moment."""
     weight_decay: float = 0.01
     """On every trained parameter, as the paper does."""
+    lora_plus_ratio: float = 1.0
+    """The rate of B is this many times that of A (LoRA+, Hayou et al. 2024); 1: plain LoRA."""
     schedule: Schedule = Schedule.linear
     """linear, cosine, inverse_sqrt, constant, cyclic, or plateau."""
     warmup_steps: int = 500
@@ -42,6 +44,7 @@ class OptimizerSettings:
             "betas": (all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
             "eps": (self.eps > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),
+            "lora_plus_ratio": (self.lora_plus_ratio > 0, "above 0"),
             "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
             "cycle_steps": (self.cycle_steps >= 1, "at least 1"),
             "plateau_factor": (0 < self.plateau_factor < 1, "between 0 and 1"),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_gpt2.data.batches import Batch
 from lora_gpt2.errors import UserError
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.training.accuracy import StageMetrics
@@ -59,29 +60,28 @@ class LanguageModeling(LightningModule):
         self.valid_metrics.reset()
 
     def configure_optimizers(self) -> Any:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        trained = [
+            (name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad
+        ]
         total = int(self.trainer.estimated_stepping_batches)
         optimizer, schedule = build_optimizer(trained, self.optimizer_settings, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["base_sha256"] = self.base_sha256
+        checkpoint["config"] = self.model.config.to_dict()
         if self.base_sha256:
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_lora(k)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fills in the frozen base. Raises UserError for a checkpoint of another model or another base."""
-        own, theirs = self.state_dict(), checkpoint["state_dict"]
-        misfits = [
-            name for name, value in theirs.items() if name not in own or own[name].shape != value.shape
-        ]
-        if misfits:
-            what = (
-                f"the checkpoint is of another model: {misfits[0]} differs, as do {len(misfits) - 1} others"
-            )
+        theirs = GPT2Config.from_dict(checkpoint["config"])
+        names = [name for name in checkpoint["config"] if "dropout" not in name]
+        if differing := theirs.differences(self.model.config, names):
+            what = f"the checkpoint is of another model: it has {', '.join(differing)}"
             raise UserError("resume", what, "give the model and LoRA settings of that run")
         if (base := checkpoint.get("base_sha256", "")) != self.base_sha256:
             hashes = f"{base[:12] or 'none'}, here {self.base_sha256[:12] or 'none'}"
             what = f"the checkpoint belongs to another base (hash {hashes})"
             raise UserError("resume", what, "give the base and the seed of that run")
-        checkpoint["state_dict"] = {**own, **theirs}
+        checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}

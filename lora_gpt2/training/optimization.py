@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,11 +36,20 @@ def rate_factor(step: int, total: int, settings: OptimizerSettings) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], settings: OptimizerSettings, total: int
+    parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, total: int
 ) -> tuple[AdamW, LambdaLR]:
-    """AdamW over `parameters` and its schedule over `total` optimizer steps."""
+    """AdamW over the named `parameters` and its schedule over `total` optimizer steps.
+
+    The first group has the rate `lr`; LoRA's B is a group of its own where `lora_plus_ratio` asks for it.
+    """
+    named = list(parameters)
+    faster = {name for name, _ in named if name.endswith("lora_B") and settings.lora_plus_ratio != 1}
+    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if name not in faster]}]
+    if faster:
+        rate = settings.lora_plus_ratio * settings.lr
+        groups.append({"params": [p for name, p in named if name in faster], "lr": rate})
     optimizer = AdamW(
-        parameters,
+        groups,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,

@@ -4,13 +4,21 @@ from pathlib import Path
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.store import ADAPTER_FILE, Description, base_hash, find, read_weights
+from lora_gpt2.weights.pretrained import build_base
+from lora_gpt2.weights.store import (
+    ADAPTER_FILE,
+    Description,
+    base_hash,
+    find,
+    read_description,
+    read_weights,
+)
 
 
-def read_description(source: str | Path) -> tuple[Path, Description]:
+def describe_adapter(source: str | Path) -> tuple[Path, Description]:
     """The adapter file at `source` (a run's folder or the file) and what it says of itself."""
     path = find(source, ADAPTER_FILE)
-    description, _ = read_weights(path)
+    description = read_description(path)
     if description is None or description.kind != "adapter":
         raise UserError(path, "holds no adapter of lora-gpt2", "give the run or the file of an adapter")
     return path, description
@@ -22,13 +30,10 @@ def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
     Raises UserError when the file is no adapter, was trained on another base, or with other LoRA settings;
     nothing is loaded then.
     """
-    path, description = read_description(source)
-    theirs, ours = description.gpt2_config.to_dict(), model.config.to_dict()
-    if differing := [
-        f"{name} {theirs[name]} (here {ours[name]})"
-        for name in theirs
-        if name.startswith("lora_") and "dropout" not in name and theirs[name] != ours[name]
-    ]:
+    path, description = describe_adapter(source)
+    theirs = description.gpt2_config
+    names = [name for name in theirs.to_dict() if name.startswith("lora_") and "dropout" not in name]
+    if differing := theirs.differences(model.config, names):
         do = "use the LoRA settings the adapter was trained with"
         raise UserError(path, f"was trained with {', '.join(differing)}", do)
     if (found := base_hash(model)) != description.base_sha256:
@@ -41,3 +46,15 @@ def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
         do = "use the rank and targets the adapter was trained with"
         raise UserError(path, f"does not fit: {error}", do) from None
     return description
+
+
+def open_adapter(source: str | Path, base: str | None = None) -> tuple[GPT2LMModel, Description]:
+    """The adapted model, unmerged and in eval mode, and what the adapter says of itself.
+
+    `base` is where its base lies now, if not where it was. Raises UserError.
+    """
+    _, about = describe_adapter(source)
+    where = base or about.base_source
+    model = build_base(about.gpt2_config, where, about.card, about.tokenizer, about.seed)
+    load_adapter(model, source)
+    return model.eval(), about

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +11,10 @@ from lora_gpt2.hub import fetch
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import POSITION_TABLE, canonical
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.store import MODEL_FILE, Description, read_weights
+from lora_gpt2.weights.store import MODEL_FILE, Description, read_description, read_pickle, read_weights
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt")
+CHOOSE = "choose the model card that the weights belong to (model=…)"
 _FILES = (MODEL_FILE, "pytorch_model.bin")
 _ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "bias")
 
@@ -45,13 +45,37 @@ def load_base(
             tensors[POSITION_TABLE] = positions[: model.config.n_positions]
         model.load_weight(tensors, may_be_missing)
     except ValueError as error:
-        do = "choose the model card that the weights belong to (model=…)"
-        raise UserError(path, f"does not fit model {card}: {error}", do) from None
+        raise UserError(path, f"does not fit model {card}: {error}", CHOOSE) from None
+
+
+def build_base(
+    config: GPT2Config,
+    source: str | None,
+    card: str,
+    tokenizer: str,
+    seed: int,
+    may_be_missing: Sequence[str] = (),
+) -> GPT2LMModel:
+    """A model with the base weights found at `source`, or random ones drawn from `seed`."""
+    torch.manual_seed(seed)
+    model = GPT2LMModel(config)
+    if source is not None:
+        load_base(model, source, card, tokenizer, may_be_missing)
+    return model
 
 
 def describe_base(source: str) -> Description | None:
-    """What the base at `source` says of itself; None where it is not one of ours. Raises UserError."""
-    return _read(_locate(source))[0]
+    """What the base at `source` says of itself; None where it says nothing. Raises UserError.
+
+    Of a GPT-2 in transformers' form that is its sizes: card and tokenizer are empty.
+    """
+    path = _locate(source)
+    safe = path.suffix == ".safetensors" or not path.exists()
+    if safe and (own := read_description(path)) is not None:
+        return own
+    if (path.parent / "config.json").is_file():
+        return Description("model", "", _their_config(path.parent / "config.json").to_dict(), "")
+    return None
 
 
 def check_description(
@@ -62,6 +86,11 @@ def check_description(
         other = f"model {description.card}, not {card}" if description.card != card else f"another {card}"
         what = f"was made for {other}: it has {', '.join(differing)}"
         raise UserError(path, what, f"use model={description.card} and the data it was made with")
+    check_tokenizer(path, description, tokenizer)
+
+
+def check_tokenizer(path: Path, description: Description, tokenizer: str) -> None:
+    """Raises UserError unless the file was made with this tokenizer (its SHA-256)."""
     if description.tokenizer != tokenizer:
         what = f"was made with tokenizer {description.tokenizer[:12]}…, the data has {tokenizer[:12]}…"
         raise UserError(path, what, "set data.tokenizer to the tokenizer/ folder of that run")
@@ -69,24 +98,24 @@ def check_description(
 
 def _check_architecture(path: Path, card: str, config: GPT2Config) -> None:
     """Raises UserError unless the transformers config.json at `path` describes this architecture."""
-    do = "choose the model card that the weights belong to (model=…)"
+    if differing := _differences(_their_config(path), config):
+        raise UserError(path, f"does not fit model {card}: it has {', '.join(differing)}", CHOOSE)
+
+
+def _their_config(path: Path) -> GPT2Config:
     try:
-        theirs = GPT2Config(path)
+        return GPT2Config(path)
     except ValueError as error:
-        raise UserError(path, f"is no GPT-2 ({error})", do) from None
-    if differing := _differences(theirs, config):
-        raise UserError(path, f"does not fit model {card}: it has {', '.join(differing)}", do)
+        raise UserError(path, f"is no GPT-2 ({error})", "give the folder of a GPT-2") from None
 
 
 def _differences(theirs: GPT2Config, ours: GPT2Config) -> list[str]:
     """What the base has otherwise; more positions than needed are no difference, nor is padding."""
-    return [
-        f"{name} {value} (here {getattr(ours, name)})"
-        for name in _ARCHITECTURE
-        if (value := getattr(theirs, name)) != getattr(ours, name)
-        and not (name == "n_positions" and value > ours.n_positions)
-        and not (name == "vocab_size" and value == ours.padded_vocab_size)
-    ]
+    allowed = {
+        "n_positions": theirs.n_positions > ours.n_positions,
+        "vocab_size": theirs.vocab_size == ours.padded_vocab_size,
+    }
+    return theirs.differences(ours, [name for name in _ARCHITECTURE if not allowed.get(name)])
 
 
 def _locate(source: str) -> Path:
@@ -106,11 +135,4 @@ def _locate(source: str) -> Path:
 def _read(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
     if path.suffix == ".safetensors" or not path.exists():
         return read_weights(path)
-    try:
-        values: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for a damaged or unsafe file
-        what = f"could not be read as plain tensors ({str(error).splitlines()[0]})"
-        raise UserError(path, what, "give a whole weight file from a source you trust") from None
-    if not isinstance(values, dict):
-        raise UserError(path, f"holds a {type(values).__name__}", "expected a dict of tensors")
-    return None, values
+    return None, read_pickle(path)

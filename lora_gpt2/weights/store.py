@@ -7,7 +7,8 @@ sizes, tokenizer, and, for an adapter, the hash of the base that it was trained 
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from lora_gpt2.model.language_model import GPT2LMModel
 
 FORMAT = 1
 MODEL_FILE, ADAPTER_FILE = "model.safetensors", "adapter.safetensors"
+WHICH_FILE = "give the run's folder or its .safetensors file, or train again if the file was cut short"
 
 
 @dataclass
@@ -85,8 +87,8 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], description: Descri
 def plain_update(model: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]]:
     """The LoRA tensors without any start to subtract, and the config that they are right for.
 
-    PiSSA's and OLoRA's s (B A - B0 A0) is s [B, -B0] [A; A0]: plain LoRA of twice the rank, which needs
-    nothing of how it was trained. Every other update is returned as it is.
+    PiSSA's and OLoRA's s (B A - B0 A0) is s [B - B0, B0] [A; A - A0]: plain LoRA of twice the rank, which
+    needs nothing of how it was trained. Every other update is returned as it is.
     """
     tensors = {name: value.detach() for name, value in model.weights().items() if is_lora(name)}
     config = model.config
@@ -97,9 +99,9 @@ def plain_update(model: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]]:
         a0, b0 = tensors.pop(f"{stem}A0"), tensors.pop(f"{stem}B0")
         a, b = tensors[f"{stem}A"], tensors[f"{stem}B"]
         rank = b.shape[1]
-        pairs = zip(torch.split(a, rank), torch.split(a0, rank), strict=True)
+        pairs = zip(torch.split(a, rank), torch.split(a - a0, rank), strict=True)
         tensors[f"{stem}A"] = torch.cat([part for pair in pairs for part in pair])  # (n * 2 R, in)
-        tensors[f"{stem}B"] = torch.cat((b, -b0), dim=1)  # (n * out / P, 2 R)
+        tensors[f"{stem}B"] = torch.cat((b - b0, b0), dim=1)  # (n * out / P, 2 R)
     grow = math.sqrt(2) if config.lora_rslora else 2
     values = {
         **config.to_dict(),
@@ -112,29 +114,60 @@ def plain_update(model: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]]:
     return GPT2Config.from_dict(values), tensors
 
 
+def read_description(path: Path) -> Description | None:
+    """What a safetensors file says of itself; None: the file is not one of ours. Raises UserError."""
+    with _opened(path) as file:
+        return _description(path, file.metadata() or {})
+
+
 def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
     """Description and tensors of a safetensors file; no description: the file is not one of ours.
 
     Raises UserError for a file that is missing, cut short, or of a newer format.
     """
-    do = "give the run's folder or its .safetensors file, or train again if the file was cut short"
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+        return _description(path, file.metadata() or {}), tensors
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """The dict in a .pt, .bin or .ckpt file, read as plain values: no code in it is ever run.
+
+    Raises UserError for a file that is missing, cut short, or holds anything else.
+    """
     if not path.is_file():
-        raise UserError(path, "there is no such file", do)
+        raise UserError(path, "there is no such file", "give a file of weights")
+    try:
+        values: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several kinds for a damaged or unsafe file
+        what = f"could not be read as plain tensors ({str(error).splitlines()[0]})"
+        raise UserError(path, what, "give a whole weight file from a source you trust") from None
+    if not isinstance(values, dict):
+        raise UserError(path, f"holds a {type(values).__name__}", "expected a dict of tensors")
+    return values
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise UserError(path, "there is no such file", WHICH_FILE)
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get("lora-gpt2")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+            yield file
     except SafetensorError as error:
-        raise UserError(path, f"is not a whole safetensors file ({error})", do) from None
-    if metadata is None:
-        return None, tensors
+        raise UserError(path, f"is not a whole safetensors file ({error})", WHICH_FILE) from None
+
+
+def _description(path: Path, metadata: Mapping[str, str]) -> Description | None:
+    if "lora-gpt2" not in metadata:
+        return None
     try:
-        values = json.loads(metadata)
+        values = json.loads(metadata["lora-gpt2"])
         if (found := values.pop("format", None)) != FORMAT:
             raise UserError(path, f"has format {found}, this version reads {FORMAT}", "update lora-gpt2")
-        return Description(**values), tensors
+        return Description(**values)
     except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise UserError(path, f"has a description that cannot be read ({error})", do) from None
+        raise UserError(path, f"has a description that cannot be read ({error})", WHICH_FILE) from None
 
 
 def find(source: str | Path, file_name: str) -> Path:

@@ -80,6 +80,7 @@ def test_the_papers_decoding_is_the_default():
         ("data.batch_size=0", "data.batch_size must be at least 1, not 0"),
         ("data=e2e", "data.root is missing"),
         ("optimizer.lr=-1", "optimizer.lr must be above 0"),
+        ("optimizer.lora_plus_ratio=0", "optimizer.lora_plus_ratio must be above 0, not 0"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):
@@ -93,6 +94,8 @@ def test_a_wrong_setting_is_named(override, message):
         ([], "neither adapter nor base is set"),
         (["base=x", "split=dev"], "split must be train, valid or test, not dev"),
         (["base=x", "limit=0"], "limit must be at least 1"),
+        (["adapters={a:x,b:y}", "adapter=c"], "adapter c is none of adapters: a, b"),
+        (["adapters={a:[x]}"], "adapters.a must be a run's folder or a file"),
         (["base=x", "decoding.beam_size=0"], "decoding.beam_size must be at least 1"),
         (["base=x", "decoding.end_tokens=[]"], "decoding.end_tokens must name at least one"),
     ],

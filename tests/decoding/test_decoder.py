@@ -64,3 +64,13 @@ def test_a_score_is_the_log_probability_over_the_length_to_the_penalty(model):
 def test_an_output_beyond_the_positions_is_refused(model):
     with pytest.raises(ValueError, match="7 tokens and eval_len 42 exceed the model's 48 positions"):
         decode(model, CONTEXTS, DecodingSettings(eval_len=42), [END])
+
+
+def test_a_padded_vocabulary_changes_no_beam(model):
+    padded = (
+        GPT2LMModel(GPT2Config.from_dict({**model.config.to_dict(), "vocab_multiple": 64})).double().eval()
+    )
+    padded.load_weight(model.weights())
+    padded.transformer.wte.weight.data[13:] = 9.0  # would win everywhere, were they asked
+    settings = DecodingSettings(beam_size=4, eval_len=16)
+    assert decode(padded, CONTEXTS, settings, [END]) == decode(model, CONTEXTS, settings, [END])

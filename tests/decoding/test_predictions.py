@@ -5,7 +5,7 @@ import pytest
 from lora_gpt2.decoding.beam import Hypothesis
 from lora_gpt2.decoding.predictions import Queries, merge_parts, part_file, write_predictions
 
-CONTEXTS = [[1, 2], [3], [1, 2], [4, 5, 6, 7], [3]]
+CONTEXTS = [("", context) for context in ([1, 2], [3], [1, 2], [4, 5, 6, 7], [3])]
 
 
 def test_each_different_context_is_asked_once():
@@ -13,11 +13,17 @@ def test_each_different_context_is_asked_once():
     assert queries.contexts == [[1, 2], [3], [5, 6, 7]]  # the last tokens of one that is too long
     assert queries.of_row == {0: 0, 1: 1, 2: 0, 3: 2, 4: 1}
     assert (len(queries), queries.cut) == (3, 1)
-    assert queries[[2, 0]] == [(2, [5, 6, 7]), (0, [1, 2])]
+    assert queries[[2, 0]] == [(2, [5, 6, 7], ""), (0, [1, 2], "")]
 
 
 def test_contexts_that_are_equal_only_after_cutting_stay_apart():
-    assert len(Queries([[9, 1, 2], [8, 1, 2]], longest=2)) == 2
+    assert len(Queries([("", [9, 1, 2]), ("", [8, 1, 2])], longest=2)) == 2
+
+
+def test_a_context_asked_of_two_adapters_is_two_queries():
+    queries = Queries([("a", [1]), ("b", [1]), ("a", [1])], longest=4)
+    assert queries.of_row == {0: 0, 1: 1, 2: 0}
+    assert queries[[0, 1]] == [(0, [1], "a"), (1, [1], "b")]
 
 
 def test_a_limit_keeps_the_first_contexts_and_all_their_rows():

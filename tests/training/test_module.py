@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.adapter import read_description
+from lora_gpt2.weights.adapter import describe_adapter
 from lora_gpt2.weights.store import base_hash, read_weights
 from tests.conftest import TINY, train
 
@@ -50,7 +50,7 @@ def test_the_frozen_base_is_the_same_to_the_bit_after_training(tmp_path, tiny, b
     description, tensors = read_weights(base / "model.safetensors")
     model = GPT2LMModel(description.gpt2_config)
     model.load_weight(tensors)
-    assert read_description(tmp_path)[1].base_sha256 == base_hash(model)
+    assert describe_adapter(tmp_path)[1].base_sha256 == base_hash(model)
 
 
 def test_without_lora_everything_trains(tmp_path, tiny, base):
@@ -138,7 +138,7 @@ def test_progress_says_loss_rate_speed_and_time_left(tmp_path, tiny, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [("seed=7", "belongs to another base"), ("model.n_embd=32", "is of another model"),
-     ("lora.rank=2", "is of another model")],
+     ("lora.rank=2", r"lora_attn_dim 4 \(here 2\)"), ("lora.alpha=1", r"lora_attn_alpha 32.0 \(here 1.0\)")],
 )  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny, change, message):
     train(tmp_path / "one", *tiny, "lora=qv", "trainer.max_steps=1")

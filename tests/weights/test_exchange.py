@@ -7,12 +7,15 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_gpt2 import GPT2Config, GPT2LMModel
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.keys import is_lora
-from lora_gpt2.weights import exchange
+from lora_gpt2.weights.exchange import peft as peft_files
+from lora_gpt2.weights.exchange import reference
+from lora_gpt2.weights.exchange import transformers as transformers_files
 from lora_gpt2.weights.store import plain_update
 
 SIZES = {"n_positions": 32, "n_embd": 16, "n_layer": 3, "n_head": 2}
@@ -57,7 +60,7 @@ def logits(model, ids=IDS) -> torch.Tensor:
 
 
 def their_base(model: GPT2LMModel) -> transformers.GPT2LMHeadModel:
-    config = transformers.GPT2Config(**exchange.transformers_config(model.config, 0))
+    config = transformers.GPT2Config(**transformers_files.config_json(model.config, 0))
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.transformer.load_state_dict(
         {k.removeprefix("transformer."): v for k, v in model.weights().items() if not is_lora(k)},
@@ -82,12 +85,12 @@ def adapted(base: GPT2LMModel, config: GPT2Config, tensors) -> GPT2LMModel:
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 def test_peft_gives_our_logits_and_what_it_holds_comes_back(tmp_path, targets, variant):
     model = build(targets, **variant)
-    exchange.write_peft(tmp_path, model, "base")
+    peft_files.write(tmp_path, model, "base")
     theirs = PeftModel.from_pretrained(their_base(model), tmp_path).eval()
     assert not torch.allclose(logits(their_base(model)), logits(model), atol=1e-2)
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
 
-    config, tensors = exchange.read_peft(tmp_path, our_base(model))
+    config, tensors = peft_files.read(tmp_path, our_base(model))
     plain, update = plain_update(model)
     assert config.lora_targets == plain.lora_targets
     again = adapted(our_base(model), config, tensors)
@@ -117,7 +120,7 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(tmp_path, settings):
             if "lora_" in name or (settings.get("bias") and name.endswith("bias")):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     peft.save_pretrained(tmp_path)
-    config, tensors = exchange.read_peft(tmp_path, our_base(base))
+    config, tensors = peft_files.read(tmp_path, our_base(base))
     assert config.lora_targets[0] in ("c_attn", "c_proj", "mlp_c_fc")
     ours = adapted(our_base(base), config, tensors)
     torch.testing.assert_close(logits(ours), logits(peft), atol=1e-5, rtol=1e-5)
@@ -140,14 +143,16 @@ def loralib_gpt2(model: GPT2LMModel) -> nn.Module:
 @pytest.mark.parametrize("everything", [False, True])
 def test_the_published_scripts_files_hold_the_same_model(tmp_path, targets, everything):
     model = build(targets)
-    exchange.write_reference(tmp_path / "a.pt", model, everything)
+    reference.write(tmp_path / "a.pt", model, everything)
     held = torch.load(tmp_path / "a.pt", weights_only=True)["model_state_dict"]
     assert len(held) == (6 if not everything else len(model.weights()) + 1)
     theirs = loralib_gpt2(model)
     named = {name.removeprefix("module."): value for name, value in held.items() if "lm_head" not in name}
     assert not theirs.load_state_dict(named, strict=False).unexpected_keys
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
-    config, tensors = exchange.read_reference(tmp_path / "a.pt", our_base(model).config, 7, 2, targets)
+    base, tensors = reference.read(tmp_path / "a.pt")
+    assert base.keys() == (our_base(model).weights().keys() if everything else set())
+    config = reference.adapter_config(tmp_path, tensors, our_base(model).config, 7, 2, targets)
     torch.testing.assert_close(logits(adapted(our_base(model), config, tensors)), logits(model))
 
 
@@ -158,7 +163,8 @@ def test_a_file_of_loralib_is_read(tmp_path):
         for block in theirs.transformer.h:
             block.attn.c_attn.lora_B.normal_()
     torch.save({"model_state_dict": loralib.lora_state_dict(theirs)}, tmp_path / "a.pt")
-    config, tensors = exchange.read_reference(tmp_path / "a.pt", our_base(model).config, 7, None, None)
+    tensors = reference.read(tmp_path / "a.pt")[1]
+    config = reference.adapter_config(tmp_path, tensors, our_base(model).config, 7, None, None)
     ours = adapted(our_base(model), config, tensors)
     torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-5, rtol=1e-5)
 
@@ -173,9 +179,10 @@ def test_a_file_of_loralib_is_read(tmp_path):
 )
 def test_what_the_published_file_does_not_say_is_asked_for(tmp_path, arguments, message):
     model = build(["q", "v"])
-    exchange.write_reference(tmp_path / "a.pt", model)
+    reference.write(tmp_path / "a.pt", model)
+    tensors = reference.read(tmp_path / "a.pt")[1]
     with pytest.raises(UserError, match=message):
-        exchange.read_reference(tmp_path / "a.pt", our_base(model).config, *arguments)
+        reference.adapter_config(tmp_path / "a.pt", tensors, our_base(model).config, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +193,7 @@ def test_what_the_published_scripts_cannot_compute_is_not_written(tmp_path, vari
     for targets in (["q"], ["c_attn"], ["c_proj"]):
         if variant or targets != ["q"]:
             with pytest.raises(UserError, match="know one rank and alpha on q, k and v alone"):
-                exchange.write_reference(tmp_path / "a.pt", build(targets, **variant))
+                reference.write(tmp_path / "a.pt", build(targets, **variant))
     assert not list(tmp_path.iterdir())
 
 
@@ -196,9 +203,9 @@ def test_transformers_weights_are_the_merged_model(bias):
     expected = logits(model)
     model.merge()
     theirs = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**exchange.transformers_config(model.config, 0))
+        transformers.GPT2Config(**transformers_files.config_json(model.config, 0))
     ).eval()
-    missing, unexpected = theirs.load_state_dict(exchange.transformers_weights(model), strict=False)
+    missing, unexpected = theirs.load_state_dict(transformers_files.weights(model), strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])
     torch.testing.assert_close(logits(theirs), expected, atol=1e-5, rtol=1e-5)
 
@@ -208,7 +215,7 @@ def test_transformers_weights_are_the_merged_model(bias):
 )
 def test_a_peft_folder_that_does_not_fit_is_refused(tmp_path, fault):
     model = build(["q", "v"])
-    exchange.write_peft(tmp_path, model, "base")
+    peft_files.write(tmp_path, model, "base")
     weights, base = tmp_path / "adapter_model.safetensors", our_base(model)
     match fault:
         case "no folder":
@@ -224,8 +231,8 @@ def test_a_peft_folder_that_does_not_fit_is_refused(tmp_path, fault):
             base = GPT2LMModel(GPT2Config(29, n_ctx=32, **{**SIZES, "n_layer": 2}))
             message = "adapts h.2.attn.c_attn, which is no layer"
         case _:
-            held = exchange.load_file(weights)
-            exchange.save_file({**held, "base_model.model.lm_head.weight": torch.zeros(2)}, weights)
+            held = load_file(weights)
+            save_file({**held, "base_model.model.lm_head.weight": torch.zeros(2)}, weights)
             message = "holds base_model.model.lm_head.weight, which has no place"
     with pytest.raises(UserError, match=message):
-        exchange.read_peft(tmp_path, base)
+        peft_files.read(tmp_path, base)

@@ -7,7 +7,7 @@ from transformers import GPT2LMHeadModel
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.pretrained import load_base
+from lora_gpt2.weights.pretrained import describe_base, load_base
 from lora_gpt2.weights.store import Description, save_model
 
 CONFIG = GPT2Config(13, 16, 16, 8, 2, 2, lora_attn_dim=2)
@@ -114,3 +114,64 @@ def test_a_hub_that_does_not_answer_is_an_error_with_a_way_out(model, monkeypatc
     message = r"base=openai-community/gpt2: .*OSError: no network; check the name and the network"
     with pytest.raises(UserError, match=message):
         load_base(model, "openai-community/gpt2", "tiny", "tokens")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"n_head": 4}, r"config.json: does not fit model tiny: it has n_head 2 \(here 4\)"),
+        ({"n_layer": 3, "n_embd": 4}, r"it has n_embd 8 \(here 4\), n_layer 2 \(here 3\)"),
+        ({"layer_norm_epsilon": 1e-6}, r"it has layer_norm_epsilon 1e-05 \(here 1e-06\)"),
+        ({"n_positions": 17, "n_ctx": 17}, r"it has n_positions 16 \(here 17\)"),
+        ({"bias": False}, r"it has bias True \(here False\)"),
+    ],
+)
+def test_a_difference_from_the_card_names_both_values(tmp_path, theirs, sizes, message):
+    """A head more changes no shape: only config.json tells."""
+    theirs.save_pretrained(tmp_path)
+    own = {"n_positions": 16, "n_ctx": 16, "n_embd": 8, "n_layer": 2, "n_head": 2, **sizes}
+    model = GPT2LMModel(GPT2Config(13, **own))
+    with pytest.raises(UserError, match=message):
+        load_base(model, str(tmp_path), "tiny", "tokens")
+
+
+def test_a_shorter_context_and_dropout_may_differ_from_the_base(tmp_path, theirs):
+    theirs.save_pretrained(tmp_path)
+    model = GPT2LMModel(GPT2Config(13, 9, 9, 8, 2, 2, fix_dropout=0.2, vocab_multiple=8)).eval()
+    load_base(model, str(tmp_path), "tiny", "tokens")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS)[0], theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_partial_load_happens_only_by_name(tmp_path, theirs, model):
+    theirs.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.wpe.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="1 missing"):
+        load_base(model, str(tmp_path), "tiny", "tokens", ["transformer.wte.*"])
+    before = model.transformer.wpe.weight.clone()
+    load_base(model, str(tmp_path), "tiny", "tokens", ["transformer.wpe.*"])
+    assert torch.equal(model.transformer.wpe.weight, before)
+    assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight)
+
+
+def test_a_checkpoint_of_nanogpt_is_read(tmp_path, theirs, model):
+    """It keeps linear layers (out, in) and, compiled, prefixes every name."""
+    state = theirs.state_dict()
+    linear = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+    turned = {f"_orig_mod.{k}": v.T if k.endswith(linear) else v for k, v in state.items()}
+    torch.save({"model": turned, "iter_num": 3}, tmp_path / "ckpt.pt")
+    load_base(model, str(tmp_path / "ckpt.pt"), "tiny", "tokens")
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS)[0], theirs(IDS).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_folder_of_transformers_says_its_sizes(tmp_path, theirs):
+    theirs.save_pretrained(tmp_path)
+    about = describe_base(str(tmp_path))
+    sizes = GPT2Config(13, 16, 16, 8, 2, 2, initializer_range=0.5)
+    assert (about.card, about.gpt2_config) == ("", sizes)
+    torch.save(theirs.state_dict(), tmp_path / "alone.bin")
+    (tmp_path / "config.json").unlink()
+    assert describe_base(str(tmp_path / "alone.bin")) is None

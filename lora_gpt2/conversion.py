@@ -1,0 +1,200 @@
+"""Adapters on their way elsewhere and back: merged, exported, imported, combined, cut in rank."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_gpt2 import runs
+from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
+from lora_gpt2.errors import UserError
+from lora_gpt2.model.config import GPT2Config, LoraSettings, ModelSettings, gpt2_config
+from lora_gpt2.model.keys import canonical
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.weights import factors
+from lora_gpt2.weights.adapter import describe_adapter, open_adapter
+from lora_gpt2.weights.exchange import peft, reference, transformers
+from lora_gpt2.weights.pretrained import build_base, check_tokenizer, describe_base
+from lora_gpt2.weights.store import (
+    ADAPTER_FILE,
+    MODEL_FILE,
+    Description,
+    base_hash,
+    read_weights,
+    save_adapter,
+    save_model,
+    write_weights,
+)
+
+
+def merge(source: str, base: str | None, output: Path, dtype: torch.dtype) -> dict[str, float]:
+    """Writes the adapter merged into its base, or a base alone, as a folder in transformers' form.
+
+    Returns the largest difference between merged and unmerged logits by the type they were computed in:
+    float32, and `dtype`.
+    """
+    if (Path(source) / MODEL_FILE).is_file() or Path(source).name == MODEL_FILE:
+        about = describe_base(source)
+        assert about is not None
+        model = build_base(about.gpt2_config, source, about.card, about.tokenizer, about.seed)
+    else:
+        model, about = open_adapter(source, base)
+    tokenizer = load_tokenizer(runs.tokenizer_of(source))
+    if about.tokenizer:
+        check_tokenizer(Path(source), about, tokenizer.sha256)
+    model.eval()
+    differences = {
+        str(kind).removeprefix("torch."): _merge_difference(model, kind)
+        for kind in dict.fromkeys((torch.float32, dtype))
+    }
+    model.merge()
+    transformers.write(output, model, about, tokenizer.end_token, dtype)
+    tokenizer.save_for_transformers(output, model.config.n_positions)
+    return differences
+
+
+@torch.inference_mode()
+def _merge_difference(model: GPT2LMModel, dtype: torch.dtype) -> float:
+    """Over random tokens, both models computed in `dtype`."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 4, min(64, model.config.n_ctx)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator)
+    unmerged = copy.deepcopy(model).to(dtype)
+    merged = copy.deepcopy(model)
+    merged.merge()
+    difference: Tensor = unmerged(ids)[0].float() - merged.to(dtype)(ids)[0].float()
+    return float(difference.abs().max())
+
+
+def export(form: str, source: str, base: str | None, output: Path, everything: bool) -> None:
+    """Writes an adapter for `form`: a PEFT folder, or a .pt file of the published scripts ("reference")."""
+    model, about = open_adapter(source, base)
+    if form == "peft":
+        peft.write(output, model, base or about.base_source or "")
+    else:
+        reference.write(output, model, everything)
+
+
+class Base(NamedTuple):
+    """What an imported adapter is put over."""
+
+    model: GPT2LMModel
+    card: str
+    source: str | None
+    """Where it lies; None: nowhere yet, it is written beside the adapter."""
+    tokenizer: Tokenizer
+
+
+def open_base(source: str, card: ModelSettings | None, tokenizer: str | None) -> Base:
+    """The base at `source`: one of ours, or any GPT-2, whose sizes are in its config.json or in `card`.
+
+    `tokenizer` is where its BPE comes from, if not from its folder. Raises UserError.
+    """
+    about = describe_base(source)
+    bpe = load_tokenizer(tokenizer or runs.tokenizer_of(source))
+    name = card.name if card is not None else (about and about.card) or "gpt2"
+    if card is not None:
+        config = gpt2_config(card, LoraSettings(), bpe.vocab_size)
+    elif about is not None:
+        config = about.gpt2_config
+    else:
+        raise UserError(source, "does not say which model it is", "name the card, e.g. --model gpt2.md")
+    model = build_base(config, source, name, bpe.sha256, 0).eval()
+    return Base(model, name, str(Path(source).resolve()) if Path(source).exists() else source, bpe)
+
+
+def held_base(file: Path, card: ModelSettings, tokenizer: str | None) -> Base:
+    """The base inside a .pt file that holds everything. Raises UserError."""
+    bpe = load_tokenizer(tokenizer or "gpt2")
+    held, _ = reference.read(file)
+    if not held:
+        raise UserError(file, "holds LoRA alone", "give the base that it was trained on: --base")
+    model = GPT2LMModel(gpt2_config(card, LoraSettings(), bpe.vocab_size)).eval()
+    try:
+        model.load_weight(held)
+    except ValueError as error:
+        raise UserError(file, f"does not fit {card.name}: {error}", "choose its own card") from None
+    return Base(model, card.name, None, bpe)
+
+
+def import_peft(folder: Path, base: Base, output: Path) -> None:
+    """Writes the PEFT adapter in `folder` as an adapter of ours."""
+    _save_imported(folder, base, *peft.read(folder, base.model), output)
+
+
+def import_reference(
+    file: Path, base: Base, output: Path, alpha: float | None, rank: int | None, targets: Sequence[str] | None
+) -> None:
+    """Writes the LoRA in a .pt file of the published scripts as an adapter of ours.
+
+    Raises UserError where the file holds a base too and it is not `base`, bit for bit.
+    """
+    held, update = reference.read(file)
+    own = base.model.weights()
+    if held and any(name not in held or not torch.equal(own[name], held[name]) for name in own):
+        do = "leave --base out and name the card (--model), to take the base that it holds"
+        raise UserError(file, f"holds a whole model whose base is not that at {base.source}", do)
+    config = reference.adapter_config(file, update, base.model.config, alpha, rank, targets)
+    _save_imported(file, base, config, update, output)
+
+
+def combine(sources: Sequence[str], weights: Sequence[float], output: Path, rank: int | None) -> float:
+    """Writes the sum of weight * adapter over adapters of one base; `rank` cuts it.
+
+    Returns the share of the sum's energy, its squared Frobenius norm, that is kept. Raises UserError for
+    adapters over different bases and for DoRA, whose updates do not add up.
+    """
+    abouts = [describe_adapter(source)[1] for source in sources]
+    for source, about in zip(sources, abouts, strict=True):
+        if about.base_sha256 != abouts[0].base_sha256:
+            hashes = f"{about.base_sha256[:12]}…, that of {sources[0]} {abouts[0].base_sha256[:12]}…"
+            raise UserError(source, f"has another base (hash {hashes})", "combine adapters over one base")
+        if about.gpt2_config.lora_dora or about.gpt2_config.lora_bias != "none":
+            what = "trains magnitudes or biases, which no sum of low-rank updates expresses"
+            raise UserError(source, what, "merge it instead")
+    total = factors.combined([update_of(source) for source in sources], weights)
+    cut, kept = factors.truncated(total, rank)
+    first = abouts[0]
+    config, tensors = factors.as_adapter(first.gpt2_config, cut)
+    notes = {"combined": dict(zip(sources, weights, strict=True)), "energy_kept": kept}
+    write_weights(output / ADAPTER_FILE, tensors, replace(first, config=config.to_dict(), notes=notes))
+    load_tokenizer(runs.tokenizer_of(sources[0])).save(output / "tokenizer")
+    return kept
+
+
+def update_of(source: str) -> factors.Update:
+    """The low-rank updates in an adapter; DoRA's magnitudes and trained biases left aside."""
+    path, about = describe_adapter(source)
+    return factors.factors(about.gpt2_config, canonical(read_weights(path)[1]))
+
+
+def _save_imported(
+    origin: Path, base: Base, config: GPT2Config, update: dict[str, Tensor], output: Path
+) -> None:
+    model = GPT2LMModel(config)
+    try:
+        model.load_weight({**base.model.weights(), **update})
+    except ValueError as error:
+        raise UserError(
+            origin, f"does not fit the base: {error}", "give the base it was trained on"
+        ) from None
+    source = base.source
+    if source is None:
+        source = str((output / MODEL_FILE).resolve())
+        own = Description("model", base.card, base.model.config.to_dict(), base.tokenizer.sha256)
+        save_model(output / MODEL_FILE, base.model, own)
+    about = Description(
+        kind="adapter",
+        card=base.card,
+        config=config.to_dict(),
+        tokenizer=base.tokenizer.sha256,
+        base_sha256=base_hash(model),
+        base_source=source,
+        notes={"imported_from": str(origin)},
+    )
+    save_adapter(output / ADAPTER_FILE, model, about)
+    base.tokenizer.save(output / "tokenizer")

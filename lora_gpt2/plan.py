@@ -1,0 +1,353 @@
+"""What an experiment will cost, before it runs: parameters, memory, steps, padding, operations, time.
+
+Memory and operations are counted in one step of the model itself, over tensors that have a shape and a
+device but no storage, so that they hold for every setting; time is that of a few real steps.
+"""
+
+import contextlib
+import re
+import resource
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from lora_gpt2 import runs
+from lora_gpt2.data.batches import EncodedRows, LengthBuckets
+from lora_gpt2.data.module import DataToText
+from lora_gpt2.errors import UserError
+from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.keys import is_lora
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.settings import TrainSettings
+from lora_gpt2.training.optimization import build_optimizer
+
+PARTS = {".wte.": "token table", ".wpe.": "position table", ".attn.": "attention", ".mlp.": "MLP"}
+TYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
+ADAM_STATES = 2
+HELD = 1.25
+"""On a CPU the C library holds this many times what is in use, in freed pieces that no later tensor fits:
+measured in five experiments on Linux, 1.05 to 1.4."""
+FIRST_USE = 50_000_000
+"""Bytes that kernels and threads take when they are first used."""
+
+
+class Memory(NamedTuple):
+    """Bytes on one device at the largest batch."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """What the forward pass keeps for the backward pass."""
+    step: int
+    """Most at one time within a step, the three above and everything passing included."""
+    process: int
+    """The program, its libraries and data; on a CPU, where they share the memory."""
+
+    @property
+    def peak(self) -> int:
+        """Most at one time in all."""
+        if not self.process:
+            return self.step
+        return self.process + FIRST_USE + round(HELD * self.step)
+
+
+class Measured(NamedTuple):
+    """A few real steps."""
+
+    seconds_per_step: float
+    """Scaled to the mean batch of the run."""
+    peak: int
+    """Bytes, one of the steps having the largest batch."""
+
+
+@dataclass
+class Plan:
+    parameters: dict[str, int]
+    """By part of the model."""
+    trainable: int
+    adapter_bytes: int
+    """Size of the factors in adapter.safetensors; 0 where everything trains."""
+    rows: int
+    steps: int
+    """Optimizer steps of the whole run."""
+    padding: float
+    """Share of the computed positions that hold no token."""
+    padding_to_seq_len: float
+    """The same, were every row padded to data.seq_len."""
+    largest_batch: tuple[int, int]
+    """Rows and tokens of a row."""
+    flops_per_step: int
+    """Of one optimizer step on mean batches, forward and backward."""
+    memory: Memory
+    measured: Measured | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all steps; validation comes on top."""
+        return None if self.measured is None else self.measured.seconds_per_step * self.steps
+
+    def figures(self) -> dict[str, str]:
+        """What it says, to be read."""
+        total = sum(self.parameters.values())
+        found = {f"parameters: {part}": f"{count:,}" for part, count in self.parameters.items()}
+        found["parameters in all"] = f"{total:,}"
+        found["trainable"] = f"{self.trainable:,} ({100 * self.trainable / total:.3g} %)"
+        if self.adapter_bytes:
+            found["adapter file"] = f"{self.adapter_bytes / 1e6:.2f} MB"
+        found["training rows"] = f"{self.rows:,}"
+        found["optimizer steps"] = f"{self.steps:,}"
+        found["padding"] = (
+            f"{100 * self.padding:.1f} %, at data.seq_len {100 * self.padding_to_seq_len:.1f} %"
+        )
+        found["operations per step"] = f"{self.flops_per_step / 1e9:,.4g} GFLOP"
+        found["largest batch"] = "{} rows of {} tokens".format(*self.largest_batch)
+        for name, size in self.memory._asdict().items():
+            found[f"memory: {name}"] = f"{size / 1e9:.3f} GB"
+        found["memory: peak, estimated"] = f"{self.memory.peak / 1e9:.3f} GB"
+        if self.measured is not None and self.seconds is not None:
+            found["memory: peak, measured"] = f"{self.measured.peak / 1e9:.3f} GB"
+            found["time per step"] = f"{self.measured.seconds_per_step:.3g} s"
+            found["time in all, without validation"] = f"{self.seconds / 3600:.3g} h"
+        return found
+
+
+class _Shape(NamedTuple):
+    """A batch of B rows of T tokens with N targets."""
+
+    rows: int
+    tokens: int
+    targets: int
+
+
+def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
+    """The plan of an experiment, on random weights; `micro_steps` real steps are timed, 0: none.
+
+    `device` is cpu or cuda; a few steps can be timed only where it is there.
+    Raises UserError for settings and data that training refuses too.
+    """
+    data = DataToText(settings.data, runs.tokenizer_of(settings.base), settings.seed)
+    config = runs.build_config(settings, data.tokenizer)
+    data.load(config.n_positions)
+    rows, arguments = data.train_rows, settings.trainer
+    batches = _batches(rows, settings)
+    sizes = torch.tensor([[len(batch), int(rows.lengths[batch].max()) - 1] for batch in batches])
+    positions = sizes.prod(dim=1)
+    largest, mean = int(positions.argmax()), float(positions.double().mean())
+    tokens = int(rows.lengths.sum()) - len(rows)
+    targets = int((rows.lengths - rows.contexts).clamp(min=0).sum()) / len(batches)
+    accumulated = arguments.get("accumulate_grad_batches") or 1
+
+    process, measured = _resident() if device == "cpu" else 0, None
+    if micro_steps:
+        order = [largest, *range(micro_steps + 1)]
+        seconds, peak = _run(config, settings, device, [rows[batches[i]] for i in order])
+        timed = sum(int(positions[i]) for i in order[2:])
+        measured = Measured(seconds / timed * mean * accumulated, peak)
+    count, width = map(int, sizes[largest])
+    heaviest = _Shape(count, width, int(rows[batches[largest]].mask.sum()))
+    memory, _ = _count(config, settings, device, heaviest)
+    typical = _Shape(settings.data.batch_size, round(mean / settings.data.batch_size), round(targets))
+    _, flops = _count(config, settings, device, typical)
+    with torch.device("meta"):
+        model = GPT2LMModel(config)
+    trained = _trained(model)
+    return Plan(
+        parameters=_by_part(model),
+        trainable=sum(parameter.numel() for _, parameter in trained),
+        adapter_bytes=sum(_bytes(parameter) for _, parameter in trained) if settings.lora.rank else 0,
+        rows=len(rows),
+        steps=_steps(arguments, len(batches), accumulated),
+        padding=1 - tokens / int(positions.sum()),
+        padding_to_seq_len=1 - tokens / (len(rows) * settings.data.seq_len),
+        largest_batch=(count, width),
+        flops_per_step=flops * accumulated,
+        memory=memory._replace(process=process),
+        measured=measured,
+    )
+
+
+def _batches(rows: EncodedRows, settings: TrainSettings) -> list[list[int]]:
+    """The first epoch's batches of the first device."""
+    devices = settings.trainer.get("devices")
+    return list(
+        LengthBuckets(
+            rows.lengths,
+            settings.data.batch_size,
+            shuffle=True,
+            seed=settings.seed,
+            bucket=settings.data.bucket,
+            ranks=devices if isinstance(devices, int) and devices > 0 else 1,
+        )
+    )
+
+
+def _steps(arguments: dict[str, Any], batches: int, accumulated: int) -> int:
+    """Optimizer steps by the trainer's arguments; the last of an epoch may be of fewer batches."""
+    epochs, most = arguments.get("max_epochs"), arguments.get("max_steps", -1)
+    per_epoch = -(-batches // accumulated)
+    if epochs is None or epochs < 0:
+        return int(most) if most >= 0 else 1000 * per_epoch  # Lightning's own default
+    return min(epochs * per_epoch, most) if most >= 0 else epochs * per_epoch
+
+
+def _count(config: GPT2Config, settings: TrainSettings, device: str, shape: _Shape) -> tuple[Memory, int]:
+    """Memory and floating-point operations of one step, on tensors without storage.
+
+    Without a GPU its memory is counted by the CPU's kernels, which keep attention weights: at most too much.
+    """
+    there = device if torch.cuda.is_available() else "cpu"
+    with FakeTensorMode(), torch.device(there), _LiveBytes() as live:
+        model, autocast = _built(config, settings, there)
+        weights = live.now
+        ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
+        positions = torch.zeros(shape.targets, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            with autocast():
+                loss = model.loss_at(ids, positions, positions, settings.label_smoothing)
+            activations = live.now - weights
+            torch.autograd.backward(loss)
+        gradients = sum(_bytes(parameter) for _, parameter in _trained(model))
+    optimizer = ADAM_STATES * gradients
+    memory = Memory(weights, gradients, optimizer, activations, live.most + optimizer, 0)
+    return memory, counter.get_total_flops()
+
+
+def _run(config: GPT2Config, settings: TrainSettings, device: str, batches: list[Any]) -> tuple[float, int]:
+    """Seconds of all steps but the first two, which warm up, and the most memory that was taken."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda", "there is no such device here to time steps on", "add --steps 0")
+    _forget_most_resident()
+    torch.manual_seed(settings.seed)
+    model, autocast = _built(config, settings, device)
+    model.to(device)
+    optimizer, _ = build_optimizer(_trained(model), settings.optimizer, len(batches))
+    start = time.perf_counter()
+    for number, batch in enumerate(batches):
+        if number == 2:
+            _synchronize(device)
+            start = time.perf_counter()
+        ids, labels, mask = (part.to(device) for part in batch[:3])
+        with autocast():
+            loss = model.completion_loss(ids, labels, mask, settings.label_smoothing)
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_([parameter for _, parameter in _trained(model)], 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else _most_resident()
+
+
+def _built(
+    config: GPT2Config, settings: TrainSettings, device: str
+) -> tuple[GPT2LMModel, Callable[[], contextlib.AbstractContextManager[Any]]]:
+    """The model as training has it, and what its forward pass runs in by trainer.precision."""
+    precision = str(settings.trainer.get("precision") or "32-true")
+    bits, _, kind = precision.partition("-")
+    if bits not in TYPES or kind not in ("", "true", "mixed"):
+        what = f"{precision} cannot be planned"
+        raise UserError("trainer.precision", what, "use 32-true, bf16-mixed, 16-mixed or bf16-true")
+    with _default_type(torch.float32 if kind == "mixed" else TYPES[bits]):
+        model = GPT2LMModel(config).train()
+    if settings.lora.rank:
+        model.train_only_lora()
+    if kind == "mixed":
+        return model, lambda: torch.autocast(device, TYPES[bits])
+    return model, contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def _default_type(kind: torch.dtype) -> Iterator[None]:
+    """Tensors made inside have this type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(kind)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _trained(model: GPT2LMModel) -> list[tuple[str, nn.Parameter]]:
+    named = list(model.named_parameters())
+    return [(name, p) for name, p in named if is_lora(name)] or named
+
+
+def _by_part(model: GPT2LMModel) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        part = next((part for key, part in PARTS.items() if key in name), "LayerNorms")
+        counts["LoRA" if is_lora(name) else part] += parameter.numel()
+    return dict(counts)
+
+
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Counts the bytes of all storages alive that operations under it have made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds now; where the system does not tell, the most it held."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return _most_resident()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def _forget_most_resident() -> None:
+    """Lets the most start again from what is held now, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _most_resident() -> int:
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,90 @@
+"""The plan of an experiment against what training really does."""
+
+import pytest
+import torch
+
+from lora_gpt2.model.config import gpt2_config
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.plan import _count, _Shape, plan
+from tests.conftest import settings_of, train
+
+
+def test_the_plan_of_a_run_is_what_the_run_does(tmp_path, tiny):
+    import csv
+
+    overrides = [*tiny, "lora=qv", "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=1"]
+    made = plan(settings_of("train", overrides), "cpu", 2)
+    train(tmp_path, *overrides)
+    with open(tmp_path / "metrics.csv") as file:
+        steps = max(int(line["step"]) for line in csv.DictReader(file)) + 1
+    assert made.steps == steps == 9  # 6 batches an epoch, two a step, 3 epochs
+    assert made.rows == 41
+    size = (tmp_path / "adapter.safetensors").stat().st_size
+    assert 0 < size - made.adapter_bytes < 3000  # the header
+    assert made.trainable == made.parameters["LoRA"] == 2 * 2 * (4 * 16 + 4 * 16)
+    assert made.measured.seconds_per_step > 0
+    assert made.measured.peak > made.memory.process > 0
+    assert 0 < made.padding < made.padding_to_seq_len < 1
+
+
+def test_weights_gradients_and_adams_values_are_counted_to_the_byte():
+    for overrides, share in (([], 1), (["lora=qv", "lora.rank=2"], None)):
+        settings = settings_of("train", ["model.n_layer=2", "model.n_embd=32", *overrides])
+        config = gpt2_config(settings.model, settings.lora, 300)
+        memory, _ = _count(config, settings, "cpu", _Shape(4, 10, 20))
+        model = GPT2LMModel(config)
+        weights = sum(4 * p.numel() for p in model.parameters())
+        trained = weights if share else 2 * 2 * 2 * (32 + 32) * 4
+        assert weights <= memory.weights < weights + 100_000  # and what making them left alive
+        assert (memory.gradients, memory.optimizer) == (trained, 2 * trained)
+        assert memory.step > memory.weights + memory.activations > memory.weights
+
+
+def test_operations_are_those_of_the_matrix_products():
+    """Training everything: 2 for each weight and token forward, 4 backward; attention and head on top."""
+    settings = settings_of("train", ["model.n_layer=2", "model.n_embd=32", "model.n_head=2"])
+    config = gpt2_config(settings.model, settings.lora, 300)
+    rows, tokens, targets = 4, 10, 20
+    _, flops = _count(config, settings, "cpu", _Shape(rows, tokens, targets))
+    linear = 2 * 12 * 32**2 * rows * tokens
+    attention = 2 * 2 * rows * tokens * tokens * 32
+    head = 32 * 300 * targets
+    assert flops == 3 * 2 * (linear + attention + head)
+
+
+def test_a_frozen_base_saves_a_third_of_the_operations():
+    counts = []
+    for overrides in ([], ["lora=qv", "lora.rank=1"]):
+        settings = settings_of("train", ["model.n_layer=2", "model.n_embd=256", "model.n_head=2", *overrides])
+        config = gpt2_config(settings.model, settings.lora, 300)
+        counts.append(_count(config, settings, "cpu", _Shape(4, 10, 20))[1])
+    assert 0.6 < counts[1] / counts[0] < 0.75
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_memory_is_counted_for_any_device_and_precision(device, precision):
+    settings = settings_of("train", [f"trainer.precision={precision}", "lora=qv", "model.dropout=0.1"])
+    config = gpt2_config(settings.model, settings.lora, 300)
+    memory, flops = _count(config, settings, device, _Shape(4, 10, 20))
+    size = 2 if precision == "bf16-true" else 4
+    weights = size * sum(p.numel() for p in GPT2LMModel(config).parameters())
+    assert weights <= memory.weights < 1.1 * weights + 100_000
+    assert flops > 0
+    assert memory.peak == memory.step > memory.weights
+
+
+@pytest.mark.parametrize(("batch", "layers"), [(8, 2), (16, 4)])
+def test_the_estimate_is_what_tensors_really_take(batch, layers):
+    """The same counter over real tensors of the same step."""
+    from lora_gpt2.plan import _LiveBytes
+
+    settings = settings_of("train", [f"model.n_layer={layers}", "model.n_embd=64", "model.n_head=2"])
+    config = gpt2_config(settings.model, settings.lora, 300)
+    memory, _ = _count(config, settings, "cpu", _Shape(batch, 20, 50))
+    with _LiveBytes() as live:
+        model = GPT2LMModel(config)
+        positions = torch.arange(50)
+        loss = model.loss_at(torch.zeros(batch, 20, dtype=torch.long), positions, positions)
+        loss.backward()
+    assert memory.step - memory.optimizer == pytest.approx(live.most, rel=0.02)
