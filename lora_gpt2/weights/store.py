@@ -7,6 +7,8 @@ sizes, tokenizer, and, for an adapter, the hash of the base that it was trained 
 import hashlib
 import json
 import math
+import pickle
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -139,7 +141,13 @@ def read_pickle(path: Path) -> dict[str, Any]:
         raise UserError(path, "there is no such file", "give a file of weights")
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several kinds for a damaged or unsafe file
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = (
+            f"holds more than plain tensors ({found[1] if found else 'unreadable objects'}), nothing was run"
+        )
+        raise UserError(path, what, "give a file of weights alone, from a source you trust") from None
+    except Exception as error:  # torch raises several kinds for a damaged file
         what = f"could not be read as plain tensors ({str(error).splitlines()[0]})"
         raise UserError(path, what, "give a whole weight file from a source you trust") from None
     if not isinstance(values, dict):

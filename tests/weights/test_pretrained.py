@@ -69,7 +69,9 @@ class Code:
 @pytest.mark.parametrize("content", [{"a": Code()}, [1, 2]], ids=["code", "no dict"])
 def test_a_pickle_of_anything_but_tensors_is_refused(tmp_path, model, content, capsys):
     torch.save(content, tmp_path / "w.bin")
-    with pytest.raises(UserError, match=r"w.bin: (could not be read as plain tensors|holds a list)"):
+    with pytest.raises(
+        UserError, match=r"w.bin: (holds more than plain tensors \(\S*print\), nothing was run|holds a list)"
+    ):
         load_base(model, str(tmp_path / "w.bin"), "tiny", "tokens")
     assert "code ran" not in capsys.readouterr().out
 
