@@ -39,7 +39,9 @@ def merge(source: str, base: str | None, output: Path, dtype: torch.dtype) -> di
     """
     if (Path(source) / MODEL_FILE).is_file() or Path(source).name == MODEL_FILE:
         about = describe_base(source)
-        assert about is not None
+        if about is None:
+            do = "give a run's folder, or one with a config.json beside the weights"
+            raise UserError(source, "does not say which model it is", do)
         model = build_base(about.gpt2_config, source, about.card, about.tokenizer, about.seed)
     else:
         model, about = open_adapter(source, base)
@@ -98,7 +100,7 @@ def open_base(source: str, card: ModelSettings | None, tokenizer: str | None) ->
     bpe = load_tokenizer(tokenizer or runs.tokenizer_of(source))
     name = card.name if card is not None else (about and about.card) or "gpt2"
     if card is not None:
-        config = gpt2_config(card, LoraSettings(), bpe.vocab_size)
+        config = _sizes(card, bpe)
     elif about is not None:
         config = about.gpt2_config
     else:
@@ -113,12 +115,19 @@ def held_base(file: Path, card: ModelSettings, tokenizer: str | None) -> Base:
     held, _ = reference.read(file)
     if not held:
         raise UserError(file, "holds LoRA alone", "give the base that it was trained on: --base")
-    model = GPT2LMModel(gpt2_config(card, LoraSettings(), bpe.vocab_size)).eval()
+    model = GPT2LMModel(_sizes(card, bpe)).eval()
     try:
         model.load_weight(held)
     except ValueError as error:
         raise UserError(file, f"does not fit {card.name}: {error}", "choose its own card") from None
     return Base(model, card.name, None, bpe)
+
+
+def _sizes(card: ModelSettings, tokenizer: Tokenizer) -> GPT2Config:
+    try:
+        return gpt2_config(card, LoraSettings(), tokenizer.vocab_size)
+    except ValueError as error:
+        raise UserError(f"--model {card.name}", str(error), "choose the base's own card") from None
 
 
 def import_peft(folder: Path, base: Base, output: Path) -> None:

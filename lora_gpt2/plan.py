@@ -32,6 +32,7 @@ from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.training.optimization import build_optimizer
+from lora_gpt2.weights.store import plain_update
 
 PARTS = {".wte.": "token table", ".wpe.": "position table", ".attn.": "attention", ".mlp.": "MLP"}
 TYPES = {"16": torch.float16, "bf16": torch.bfloat16, "32": torch.float32, "64": torch.float64}
@@ -142,17 +143,19 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     config = runs.build_config(settings, data.tokenizer)
     data.load(config.n_positions)
     rows, arguments = data.train_rows, settings.trainer
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}", "is not known", "use cpu or cuda")
     batches = _batches(rows, settings)
     sizes = torch.tensor([[len(batch), int(rows.lengths[batch].max()) - 1] for batch in batches])
     positions = sizes.prod(dim=1)
     largest, mean = int(positions.argmax()), float(positions.double().mean())
-    tokens = int(rows.lengths.sum()) - len(rows)
-    targets = int((rows.lengths - rows.contexts).clamp(min=0).sum()) / len(batches)
+    tokens = sum(int(rows.lengths[batch].sum()) - len(batch) for batch in batches)
+    targets = sum(int((rows.lengths - rows.contexts)[batch].sum()) for batch in batches) / len(batches)
     accumulated = arguments.get("accumulate_grad_batches") or 1
 
     process, measured = _resident() if device == "cpu" else 0, None
     if micro_steps:
-        order = [largest, *range(micro_steps + 1)]
+        order = [largest, *(i % len(batches) for i in range(micro_steps + 1))]
         seconds, peak = _run(config, settings, device, [rows[batches[i]] for i in order])
         timed = sum(int(positions[i]) for i in order[2:])
         measured = Measured(seconds / timed * mean * accumulated, peak)
@@ -167,11 +170,11 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     return Plan(
         parameters=_by_part(model),
         trainable=sum(parameter.numel() for _, parameter in trained),
-        adapter_bytes=sum(_bytes(parameter) for _, parameter in trained) if settings.lora.rank else 0,
+        adapter_bytes=sum(_bytes(value) for value in plain_update(model)[1].values()),
         rows=len(rows),
         steps=_steps(arguments, len(batches), accumulated),
         padding=1 - tokens / int(positions.sum()),
-        padding_to_seq_len=1 - tokens / (len(rows) * settings.data.seq_len),
+        padding_to_seq_len=1 - tokens / (int(sizes[:, 0].sum()) * settings.data.seq_len),
         largest_batch=(count, width),
         flops_per_step=flops * accumulated,
         memory=memory._replace(process=process),

@@ -9,7 +9,7 @@ import numpy
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_gpt2 import GPT2LMModel, conversion
@@ -226,6 +226,13 @@ def test_several_adapters_hold_their_base_once(run):
     for name, weight in models["one"].named_parameters():
         if not is_lora(name):
             assert all(dict(model.named_parameters())[name] is weight for model in models.values())
+
+
+def test_weights_that_do_not_say_what_they_are_are_not_merged(tmp_path, run):
+    held = load_file(run / "base" / "model.safetensors")
+    save_file(held, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="does not say which model it is"):
+        conversion.merge(str(tmp_path), None, tmp_path / "out", torch.float32)
 
 
 @pytest.mark.parametrize(

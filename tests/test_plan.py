@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import gpt2_config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.plan import _count, _Shape, plan
@@ -88,3 +89,23 @@ def test_the_estimate_is_what_tensors_really_take(batch, layers):
         loss = model.loss_at(torch.zeros(batch, 20, dtype=torch.long), positions, positions)
         loss.backward()
     assert memory.step - memory.optimizer == pytest.approx(live.most, rel=0.02)
+
+
+def test_few_batches_many_devices_and_a_start_to_subtract(tiny):
+    """Two batches for five timed steps; three devices have a third each; PiSSA is saved at twice the rank."""
+    made = plan(settings_of("train", [*tiny, "data.batch_size=30", "lora=qv"]), "cpu", 4)
+    assert made.steps == 6
+    assert made.measured.seconds_per_step > 0
+    alone, shared = (plan(settings_of("train", [*tiny, f"trainer.devices={n}"]), "cpu", 0) for n in (1, 3))
+    assert shared.padding == pytest.approx(alone.padding, abs=0.1)
+    assert (alone.steps, shared.steps) == (18, 6)
+    plain, pissa = (
+        plan(settings_of("train", [*tiny, "lora=qv", f"lora.init={init}"]), "cpu", 0).adapter_bytes
+        for init in ("kaiming", "pissa")
+    )
+    assert pissa == 2 * plain > 0
+
+
+def test_an_unknown_device_is_refused(tiny):
+    with pytest.raises(UserError, match="--device tpu: is not known; use cpu or cuda"):
+        plan(settings_of("train", tiny), "tpu", 0)
