@@ -1,8 +1,8 @@
 """`lora-gpt2`: the tools that are no experiment. Experiments are train.py and generate.py."""
 
 import json
+import math
 import sys
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -129,8 +129,8 @@ def export(
     """Write an adapter for PEFT or for the published scripts."""
     from lora_gpt2 import conversion
 
-    conversion.export(form.value, run, base, output, everything)
-    typer.echo(f"in {output}")
+    note = conversion.export(form.value, run, base, output, everything)
+    typer.echo(f"{note}\nin {output}" if note else f"in {output}")
 
 
 @app.command(name="import")
@@ -211,7 +211,10 @@ def inspect(
     model, _ = open_adapter(run, base)
     update = conversion.update_of(run)
     analyses = analyse(update, model.weights())
-    overlaps = similarities(update, conversion.update_of(other)) if other is not None else None
+    overlaps = None
+    if other is not None:
+        conversion.check_same_base([run, other])
+        overlaps = similarities(update, conversion.update_of(other))
     if as_json:
         typer.echo(json.dumps(inspection.as_json(analyses, overlaps), indent=2))
     else:
@@ -242,7 +245,7 @@ def plan(
 
     made = make(settings, device or ("cuda" if torch.cuda.is_available() else "cpu"), steps)
     if as_json:
-        typer.echo(json.dumps(asdict(made), indent=2))
+        typer.echo(json.dumps(made.as_json(), indent=2))
     else:
         figures(made.figures())
 
@@ -282,7 +285,7 @@ def _weights(given: str | None, count: int) -> list[float]:
         weights = [float(weight) for weight in given.split(",")]
     except ValueError:
         weights = []
-    if len(weights) != count:
+    if len(weights) != count or not all(map(math.isfinite, weights)):
         raise UserError(
             "--weights", f"{given!r} is not {count} numbers", "give one for each adapter: 0.7,0.3"
         )

@@ -16,7 +16,7 @@ from lora_gpt2.model.config import GPT2Config, LoraSettings, ModelSettings, gpt2
 from lora_gpt2.model.keys import canonical
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights import factors
-from lora_gpt2.weights.adapter import describe_adapter, open_adapter
+from lora_gpt2.weights.adapter import describe_adapter, holds_adapter, open_adapter
 from lora_gpt2.weights.exchange import peft, reference, transformers
 from lora_gpt2.weights.pretrained import build_base, check_tokenizer, describe_base
 from lora_gpt2.weights.store import (
@@ -35,13 +35,15 @@ def merge(source: str, base: str | None, output: Path, dtype: torch.dtype) -> di
     """Writes the adapter merged into its base, or a base alone, as a folder in transformers' form.
 
     Returns the largest difference between merged and unmerged logits by the type they were computed in:
-    float32, and `dtype`.
+    float32, and `dtype`. Raises UserError.
     """
-    if (Path(source) / MODEL_FILE).is_file() or Path(source).name == MODEL_FILE:
+    if output.resolve() in (Path(source).resolve(), Path(source).resolve().parent):
+        raise UserError(output, "is where the adapter lies", "give another folder for the merged model")
+    if not holds_adapter(source):
         about = describe_base(source)
         if about is None:
-            do = "give a run's folder, or one with a config.json beside the weights"
-            raise UserError(source, "does not say which model it is", do)
+            do = "give a run, a folder with a config.json beside the weights, or a hub name"
+            raise UserError(source, "holds no adapter and does not say which model it is", do)
         model = build_base(about.gpt2_config, source, about.card, about.tokenizer, about.seed)
     else:
         model, about = open_adapter(source, base)
@@ -54,6 +56,7 @@ def merge(source: str, base: str | None, output: Path, dtype: torch.dtype) -> di
         for kind in dict.fromkeys((torch.float32, dtype))
     }
     model.merge()
+    about = replace(about, card=about.card or "gpt2", tokenizer=tokenizer.sha256)
     transformers.write(output, model, about, tokenizer.end_token, dtype)
     tokenizer.save_for_transformers(output, model.config.n_positions)
     return differences
@@ -72,13 +75,17 @@ def _merge_difference(model: GPT2LMModel, dtype: torch.dtype) -> float:
     return float(difference.abs().max())
 
 
-def export(form: str, source: str, base: str | None, output: Path, everything: bool) -> None:
-    """Writes an adapter for `form`: a PEFT folder, or a .pt file of the published scripts ("reference")."""
+def export(form: str, source: str, base: str | None, output: Path, everything: bool) -> str:
+    """Writes an adapter for `form`: a PEFT folder, or a .pt file of the published scripts ("reference").
+
+    Returns what the other program must be told, because the file does not say it.
+    """
     model, about = open_adapter(source, base)
     if form == "peft":
         peft.write(output, model, base or about.base_source or "")
-    else:
-        reference.write(output, model, everything)
+        return ""
+    rank, alpha = reference.write(output, model, everything)
+    return f"load it with --lora_dim {rank} --lora_alpha {alpha:g}"
 
 
 class Base(NamedTuple):
@@ -157,11 +164,8 @@ def combine(sources: Sequence[str], weights: Sequence[float], output: Path, rank
     Returns the share of the sum's energy, its squared Frobenius norm, that is kept. Raises UserError for
     adapters over different bases and for DoRA, whose updates do not add up.
     """
-    abouts = [describe_adapter(source)[1] for source in sources]
+    abouts = check_same_base(sources)
     for source, about in zip(sources, abouts, strict=True):
-        if about.base_sha256 != abouts[0].base_sha256:
-            hashes = f"{about.base_sha256[:12]}…, that of {sources[0]} {abouts[0].base_sha256[:12]}…"
-            raise UserError(source, f"has another base (hash {hashes})", "combine adapters over one base")
         if about.gpt2_config.lora_dora or about.gpt2_config.lora_bias != "none":
             what = "trains magnitudes or biases, which no sum of low-rank updates expresses"
             raise UserError(source, what, "merge it instead")
@@ -173,6 +177,16 @@ def combine(sources: Sequence[str], weights: Sequence[float], output: Path, rank
     write_weights(output / ADAPTER_FILE, tensors, replace(first, config=config.to_dict(), notes=notes))
     load_tokenizer(runs.tokenizer_of(sources[0])).save(output / "tokenizer")
     return kept
+
+
+def check_same_base(sources: Sequence[str]) -> list[Description]:
+    """What the adapters say of themselves. Raises UserError unless all were trained on one base."""
+    abouts = [describe_adapter(source)[1] for source in sources]
+    for source, about in zip(sources, abouts, strict=True):
+        if about.base_sha256 != abouts[0].base_sha256:
+            hashes = f"{about.base_sha256[:12]}…, that of {sources[0]} {abouts[0].base_sha256[:12]}…"
+            raise UserError(source, f"has another base (hash {hashes})", "give adapters over one base")
+    return abouts
 
 
 def update_of(source: str) -> factors.Update:
@@ -193,9 +207,10 @@ def _save_imported(
         ) from None
     source = base.source
     if source is None:
-        source = str((output / MODEL_FILE).resolve())
+        source = str((output / "base").resolve())
         own = Description("model", base.card, base.model.config.to_dict(), base.tokenizer.sha256)
-        save_model(output / MODEL_FILE, base.model, own)
+        save_model(output / "base" / MODEL_FILE, base.model, own)
+        base.tokenizer.save(output / "base" / "tokenizer")
     about = Description(
         kind="adapter",
         card=base.card,

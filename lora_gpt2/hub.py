@@ -20,14 +20,19 @@ def fetch(
     import huggingface_hub as hub  # slow to import, and needed only without local files
 
     names = [names] if isinstance(names, str) else names
-    for name in names:
-        with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
-            return Path(hub.hf_hub_download(repository, name, revision=revision, local_files_only=True))
+    try:
+        for name in names:
+            with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
+                return Path(hub.hf_hub_download(repository, name, revision=revision, local_files_only=True))
+    except hub.errors.HFValidationError as error:
+        raise UserError(where, f"is no name on the hub ({error})", do) from None
     name = names[0]
     try:
         # Asked first because this asks once, where the download would retry for half a minute.
         hub.get_hf_file_metadata(hub.hf_hub_url(repository, name, revision=revision), timeout=SECONDS)
         return Path(hub.hf_hub_download(repository, name, revision=revision, etag_timeout=SECONDS))
+    except hub.errors.LocalEntryNotFoundError as error:  # the download broke off
+        raise UserError(where, f"{name} of {repository} could not be fetched ({error})", do) from None
     except hub.errors.EntryNotFoundError:
         if len(names) > 1:
             return fetch(repository, names[1:], where, do, revision)

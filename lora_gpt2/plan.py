@@ -100,6 +100,13 @@ class Plan:
         """Of all steps; validation comes on top."""
         return None if self.measured is None else self.measured.seconds_per_step * self.steps
 
+    def as_json(self) -> dict[str, Any]:
+        """Plain values under their names, bytes and seconds."""
+        named = {**vars(self), "memory": {**self.memory._asdict(), "peak": self.memory.peak}}
+        named["measured"] = self.measured and self.measured._asdict()
+        named["largest_batch"] = dict(zip(("rows", "tokens"), self.largest_batch, strict=True))
+        return {**named, "seconds": self.seconds}
+
     def figures(self) -> dict[str, str]:
         """What it says, to be read."""
         total = sum(self.parameters.values())
@@ -145,7 +152,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     rows, arguments = data.train_rows, settings.trainer
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}", "is not known", "use cpu or cuda")
-    batches = _batches(rows, settings)
+    batches = _batches(rows, settings, device)
     sizes = torch.tensor([[len(batch), int(rows.lengths[batch].max()) - 1] for batch in batches])
     positions = sizes.prod(dim=1)
     largest, mean = int(positions.argmax()), float(positions.double().mean())
@@ -162,7 +169,8 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     count, width = map(int, sizes[largest])
     heaviest = _Shape(count, width, int(rows[batches[largest]].mask.sum()))
     memory, _ = _count(config, settings, device, heaviest)
-    typical = _Shape(settings.data.batch_size, round(mean / settings.data.batch_size), round(targets))
+    mean_rows = len(rows) / len(batches)
+    typical = _Shape(round(mean_rows), round(mean / mean_rows), round(targets))
     _, flops = _count(config, settings, device, typical)
     with torch.device("meta"):
         model = GPT2LMModel(config)
@@ -174,7 +182,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
         rows=len(rows),
         steps=_steps(arguments, len(batches), accumulated),
         padding=1 - tokens / int(positions.sum()),
-        padding_to_seq_len=1 - tokens / (int(sizes[:, 0].sum()) * settings.data.seq_len),
+        padding_to_seq_len=1 - tokens / (int(sizes[:, 0].sum()) * (settings.data.seq_len - 1)),
         largest_batch=(count, width),
         flops_per_step=flops * accumulated,
         memory=memory._replace(process=process),
@@ -182,9 +190,8 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     )
 
 
-def _batches(rows: EncodedRows, settings: TrainSettings) -> list[list[int]]:
+def _batches(rows: EncodedRows, settings: TrainSettings, device: str) -> list[list[int]]:
     """The first epoch's batches of the first device."""
-    devices = settings.trainer.get("devices")
     return list(
         LengthBuckets(
             rows.lengths,
@@ -192,18 +199,43 @@ def _batches(rows: EncodedRows, settings: TrainSettings) -> list[list[int]]:
             shuffle=True,
             seed=settings.seed,
             bucket=settings.data.bucket,
-            ranks=devices if isinstance(devices, int) and devices > 0 else 1,
+            ranks=_ranks(settings.trainer, device),
         )
     )
 
 
+def _ranks(arguments: dict[str, Any], device: str) -> int:
+    """Processes of the run by the trainer's `devices` and `num_nodes`, as Lightning reads them."""
+    devices = arguments.get("devices")
+    if isinstance(devices, str) and devices != "auto":
+        parts = [part for part in devices.split(",") if part.strip()]
+        devices = int(devices) if len(parts) == 1 and devices.strip().lstrip("-").isdigit() else parts
+    if isinstance(devices, list):
+        count = len(devices)
+    elif isinstance(devices, int) and devices > 0:
+        count = devices
+    else:  # as many as there are
+        count = max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    return count * int(arguments.get("num_nodes") or 1)
+
+
 def _steps(arguments: dict[str, Any], batches: int, accumulated: int) -> int:
-    """Optimizer steps by the trainer's arguments; the last of an epoch may be of fewer batches."""
+    """Optimizer steps by the trainer's arguments; the last of an epoch may be of fewer batches.
+
+    Raises UserError where they do not say when the run ends.
+    """
+    limit = arguments.get("limit_train_batches")
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     epochs, most = arguments.get("max_epochs"), arguments.get("max_steps", -1)
     per_epoch = -(-batches // accumulated)
-    if epochs is None or epochs < 0:
-        return int(most) if most >= 0 else 1000 * per_epoch  # Lightning's own default
-    return min(epochs * per_epoch, most) if most >= 0 else epochs * per_epoch
+    if most >= 0:
+        return int(min(epochs * per_epoch, most) if epochs is not None and epochs >= 0 else most)
+    if epochs == -1:
+        raise UserError(
+            "trainer.max_epochs", "-1 has no end, it cannot be planned", "set max_epochs or max_steps"
+        )
+    return int((1000 if epochs is None else epochs) * per_epoch)  # 1000: Lightning's own default
 
 
 def _count(config: GPT2Config, settings: TrainSettings, device: str, shape: _Shape) -> tuple[Memory, int]:
@@ -260,7 +292,8 @@ def _built(
     """The model as training has it, and what its forward pass runs in by trainer.precision."""
     precision = str(settings.trainer.get("precision") or "32-true")
     bits, _, kind = precision.partition("-")
-    if bits not in TYPES or kind not in ("", "true", "mixed"):
+    kind = kind or ("mixed" if bits in ("16", "bf16") else "true")  # Lightning's short names
+    if bits not in TYPES or kind not in ("true", "mixed"):
         what = f"{precision} cannot be planned"
         raise UserError("trainer.precision", what, "use 32-true, bf16-mixed, 16-mixed or bf16-true")
     with _default_type(torch.float32 if kind == "mixed" else TYPES[bits]):

@@ -47,16 +47,16 @@ def load(settings: GenerateSettings, tokenizer: str, vocab_size: int) -> dict[st
     """
     if not settings.adapters:
         return {"": _load_one(settings, settings.adapter, tokenizer, vocab_size)}
-    models = {
-        name: _load_one(settings, source, tokenizer, vocab_size) for name, source in settings.adapters.items()
-    }
-    default = settings.adapter or next(iter(models))
+    default = settings.adapter or next(iter(settings.adapters))
     first = describe_adapter(settings.adapters[default])[1]
+    models = {default: _load_one(settings, settings.adapters[default], tokenizer, vocab_size)}
     for name, source in settings.adapters.items():
         if (found := describe_adapter(source)[1].base_sha256) != first.base_sha256:
             what = f"has another base (hash {found[:12]}…) than {default} ({first.base_sha256[:12]}…)"
             raise UserError(f"adapters.{name}", what, "decode with adapters over one base")
-        models[name].share_base(models[default])
+        if name != default:
+            models[name] = _load_one(settings, source, tokenizer, vocab_size)
+            models[name].share_base(models[default])
     if settings.adapter is not None:
         return {**models, "": models[default]}
     plain = GPT2LMModel(first.gpt2_config.without_lora()).eval()
@@ -147,6 +147,7 @@ def save(
         tokenizer=tokenizer.sha256,
         base_sha256=module.base_sha256,
         base_source=str(Path(str(settings.base)).resolve()) if local else settings.base,
+        base_may_lack=settings.base_may_lack,
         seed=settings.seed,
         notes=notes,
     )

@@ -64,6 +64,8 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
+            raise ValueError("optimizer.lora_plus_ratio is of LoRA's B: set lora.rank, or leave it out")
 
 
 @dataclass

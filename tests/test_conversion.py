@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import ctranslate2
@@ -12,12 +13,12 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lora_gpt2 import GPT2LMModel, conversion
+from lora_gpt2 import GPT2LMModel, conversion, runs
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.weights.adapter import describe_adapter, open_adapter
-from tests.conftest import generate, settings_of
+from tests.conftest import generate, settings_of, train
 
 IDS = torch.randint(0, 280, (3, 9), generator=torch.Generator().manual_seed(1))
 TEXTS = ["red cat !", "  two\n\nlines", "naïve café 🦊", "<|endoftext|>"]
@@ -112,6 +113,8 @@ def test_peft_and_back(tmp_path, run, name):
     )
     expected = logits(adapted(run, name))
     torch.testing.assert_close(logits(theirs.eval()), expected, atol=1e-5, rtol=1e-5)
+    told = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert told == str(run / "base")
     for base in (run / "base", tmp_path / "base"):  # our own form, and transformers'
         below = conversion.open_base(str(base), None, None)
         conversion.import_peft(tmp_path / "peft", below, tmp_path / "back")
@@ -134,6 +137,9 @@ def test_a_file_with_everything_brings_its_base(tmp_path, run):
     below = conversion.held_base(file, card, tokenizer)
     conversion.import_reference(file, below, tmp_path / "back", 32, None, None)
     assert torch.equal(logits(open_adapter(tmp_path / "back")[0]), logits(adapted(run)))
+    conversion.merge(str(tmp_path / "back"), None, tmp_path / "merged", torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(theirs), logits(adapted(run)), atol=1e-5, rtol=1e-5)
 
 
 def test_a_file_with_another_base_is_refused(tmp_path, run):
@@ -192,12 +198,12 @@ def test_each_row_is_decoded_by_the_adapter_that_it_names(tmp_path, run):
         tokens[name] = predictions(tmp_path / f"alone{name}")
     expected = [tokens[name][row] for row, name in enumerate(("one", "two", "", "two", ""))]
     assert predictions(tmp_path / "mixed") == expected
-    assert tokens["one"] != tokens["two"] != tokens[""]
+    assert len(set(map(str, tokens.values()))) == 3
 
 
-def predictions(folder: Path) -> list[list[int]]:
-    lines = (folder / "predictions.jsonl").read_text().splitlines()
-    return [json.loads(line)["predict"] for line in lines]
+def predictions(folder: Path) -> list[tuple[list[int], float]]:
+    lines = map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())
+    return [(line["predict"], round(line["score"], 4)) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -216,8 +222,6 @@ def test_a_row_that_names_an_unknown_adapter_is_refused(tmp_path, run, adapters,
 
 
 def test_several_adapters_hold_their_base_once(run):
-    from lora_gpt2 import runs
-
     both = f"adapters={{one:{run / 'adapter'},two:{run / 'other'}}}"
     settings = settings_of("generate", [both, "data=demo"])
     tokenizer = load_tokenizer(str(run / "base" / "tokenizer"))
@@ -256,3 +260,61 @@ def test_a_wrong_source_is_named_and_nothing_written(tmp_path, run, call, messag
     with pytest.raises(UserError, match=re.escape(message)):
         call(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_merged_model_is_merged_again_and_never_over_its_source(tmp_path, run, merged, tiny_corpus):
+    """A base in transformers' form, merged alone, says card and tokenizer, so that base= takes it."""
+    theirs = AutoModelForCausalLM.from_pretrained(merged[0])
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_tokenizer(str(run / "base" / "tokenizer")).save(tmp_path / "theirs" / "tokenizer")
+    conversion.merge(str(tmp_path / "theirs"), None, tmp_path / "again", torch.float32)
+    base = conversion.open_base(str(tmp_path / "again"), None, None)
+    torch.testing.assert_close(logits(base.model), logits(theirs.eval()), atol=1e-5, rtol=1e-5)
+    before = (run / "adapter" / "adapter.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is where the adapter lies; give another folder"):
+        conversion.merge(str(run / "adapter"), None, run / "adapter", torch.float32)
+    assert (run / "adapter" / "adapter.safetensors").read_bytes() == before
+    assert not (run / "adapter" / "model.safetensors").exists()
+
+
+def test_a_base_with_another_tokenizer_is_not_merged(tmp_path, run):
+    shutil.copytree(run / "adapter", tmp_path / "a")
+    merges = next((tmp_path / "a" / "tokenizer").glob("merges.txt"))
+    merges.write_text("\n".join(merges.read_text().splitlines()[:-1]) + "\n")
+    with pytest.raises(UserError, match="was made with tokenizer"):
+        conversion.merge(str(tmp_path / "a"), str(run / "base"), tmp_path / "out", torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", [["lora.init=pissa"], ["lora.rslora=true"]])
+def test_a_published_file_comes_back_with_the_alpha_that_export_says(tmp_path, run, tiny, variant):
+    train(
+        tmp_path / "a",
+        *tiny,
+        "data.tokenizer=null",
+        f"base={run / 'base'}",
+        "lora=qv",
+        "trainer.max_steps=5",
+        *variant,
+    )
+    said = conversion.export("reference", str(tmp_path / "a"), None, tmp_path / "a.pt", False)
+    rank, alpha = re.fullmatch(r"load it with --lora_dim (\d+) --lora_alpha (\S+)", said).groups()
+    base = conversion.open_base(str(run / "base"), None, None)
+    conversion.import_reference(tmp_path / "a.pt", base, tmp_path / "back", float(alpha), int(rank), None)
+    expected = logits(open_adapter(tmp_path / "a")[0])
+    torch.testing.assert_close(logits(open_adapter(tmp_path / "back")[0]), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(logits(base.model), expected, atol=1e-3)
+
+
+def test_what_does_not_add_up_is_not_combined(tmp_path, run, tiny):
+    train(tmp_path / "elsewhere", *tiny, "lora=qv", "seed=5", "trainer.max_steps=1")
+    common = [*tiny, "data.tokenizer=null", f"base={run / 'base'}", "lora=qv", "trainer.max_steps=1"]
+    train(tmp_path / "dora", *common, "lora.dora=true")
+    for name, message in (("elsewhere", "has another base"), ("dora", "trains magnitudes or biases")):
+        with pytest.raises(UserError, match=message):
+            conversion.combine([str(run / "adapter"), str(tmp_path / name)], [1, 1], tmp_path / "sum", None)
+    both = f"adapters={{one:{run / 'adapter'},two:{tmp_path / 'elsewhere'}}}"
+    tokenizer = load_tokenizer(str(run / "base" / "tokenizer"))
+    with pytest.raises(UserError, match=r"adapters.two: has another base"):
+        runs.load(settings_of("generate", [both, "data=demo"]), tokenizer.sha256, 280)
+    assert not (tmp_path / "sum").exists()

@@ -192,3 +192,15 @@ def test_help_explains_itself(name):
     assert done.returncode == 0
     assert "Groups and their options" in done.stdout
     assert f"python {name}.py" in done.stdout
+
+
+def test_an_adapter_over_a_base_that_lacked_weights_finds_them_again(tmp_path, run, tiny, tiny_corpus):
+    held = load_file(run / "base" / "model.safetensors")
+    del held["transformer.wpe.weight"]
+    torch.save(held, tmp_path / "base.pt")
+    tokenizer = f"data.tokenizer={run / 'base' / 'tokenizer'}"
+    common = [*tiny, tokenizer, f"base={tmp_path / 'base.pt'}", "lora=qv", "trainer.max_steps=2"]
+    with pytest.raises(UserError, match=r"1 missing \(transformer.wpe.weight\)"):
+        train(tmp_path / "a", *common)
+    train(tmp_path / "a", *common, "base_may_lack=[transformer.wpe.*]")
+    assert generate(tmp_path / "out", *DECODING, f"adapter={tmp_path / 'a'}", f"data.root={tiny_corpus}")

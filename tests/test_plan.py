@@ -1,5 +1,7 @@
 """The plan of an experiment against what training really does."""
 
+import json
+
 import pytest
 import torch
 
@@ -109,3 +111,59 @@ def test_few_batches_many_devices_and_a_start_to_subtract(tiny):
 def test_an_unknown_device_is_refused(tiny):
     with pytest.raises(UserError, match="--device tpu: is not known; use cpu or cuda"):
         plan(settings_of("train", tiny), "tpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        (["trainer.limit_train_batches=2"], 6),
+        (["trainer.limit_train_batches=0.5"], 9),
+        (["trainer.devices=[0,1]"], 9),
+        (["trainer.devices='2'"], 9),
+        (["trainer.devices='0,1,'"], 9),
+        (["+trainer.num_nodes=2"], 9),
+        (["trainer.devices=auto"], 18),
+        (["trainer.max_epochs=-1", "trainer.max_steps=5"], 5),
+    ],
+)
+def test_steps_are_counted_as_lightning_counts_them(tiny, arguments, steps):
+    assert plan(settings_of("train", [*tiny, *arguments]), "cpu", 0).steps == steps
+
+
+def test_a_run_without_end_is_not_planned(tiny):
+    with pytest.raises(UserError, match=r"trainer.max_epochs: -1 has no end"):
+        plan(settings_of("train", [*tiny, "trainer.max_epochs=-1"]), "cpu", 0)
+
+
+def test_accumulated_batches_cost_time_and_operations(tiny):
+    one, four = (
+        plan(settings_of("train", [*tiny, f"trainer.accumulate_grad_batches={n}"]), "cpu", 0).flops_per_step
+        for n in (1, 4)
+    )
+    assert four == 4 * one
+
+
+def test_the_mean_batch_does_not_depend_on_a_size_that_no_batch_has(tiny):
+    counts = {
+        plan(settings_of("train", [*tiny, f"data.batch_size={size}"]), "cpu", 0).flops_per_step
+        for size in (41, 100, 1000)
+    }
+    assert len(counts) == 1
+
+
+def test_short_names_of_precisions_are_lightnings(tiny):
+    for short, long in (("bf16", "bf16-mixed"), ("32", "32-true")):
+        made = [
+            plan(settings_of("train", [*tiny, f"trainer.precision={name}"]), "cpu", 0)
+            for name in (short, long)
+        ]
+        assert made[0].memory.weights == made[1].memory.weights
+
+
+def test_json_names_every_figure(tiny):
+    made = plan(settings_of("train", tiny), "cpu", 1)
+    values = json.loads(json.dumps(made.as_json()))
+    assert values["memory"]["peak"] == made.memory.peak > made.memory.step * 1.25
+    assert values["measured"]["peak"] == made.measured.peak
+    assert values["seconds"] == pytest.approx(made.measured.seconds_per_step * made.steps)
+    assert values["largest_batch"] == {"rows": 7, "tokens": made.largest_batch[1]}

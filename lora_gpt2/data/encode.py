@@ -15,7 +15,7 @@ from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import read_json, sha256, write_json
 
-FORMAT = 1
+FORMAT = 2
 CORPUS_TOKENIZER = "corpus:"
 META = "meta.json"
 

@@ -23,6 +23,15 @@ TARGETS = {
 }
 """LoRA's other targets and the layer of a block that each adapts as a whole."""
 
+_THEIR_USUAL = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+"""What transformers' config.json may say otherwise, and no GPT-2 here computes."""
+
 LORA_INITS = ("kaiming", "pissa", "olora")
 LORA_BIASES = ("none", "lora_only", "all")
 
@@ -124,12 +133,9 @@ class GPT2Config:
     @property
     def lora_layers(self) -> dict[str, LayerLora]:
         """The adapted layers by name, ``h.0.attn.c_attn`` and so on, first block first; none at rank 0."""
-        kinds = {name: [True] for target, name in TARGETS.items() if target in self.lora_targets}
-        if parts := [part in self.lora_targets for part in PROJECTIONS]:
-            kinds = {"attn.c_attn": parts, **kinds} if any(parts) else kinds
         layers = {}
         for block in range(self.n_layer if self.lora_attn_dim else 0):
-            for kind, enable in kinds.items():
+            for kind, enable in self._lora_kinds().items():
                 name = f"h.{block}.{kind}"
                 rank = _first_match(self.lora_rank_pattern, name, self.lora_attn_dim)
                 alpha = _first_match(self.lora_alpha_pattern, name, self.lora_attn_alpha)
@@ -172,8 +178,12 @@ class GPT2Config:
         if not isinstance(values, dict) or "vocab_size" not in values:
             raise ValueError(f'{path}: expected a JSON object with at least "vocab_size"')
         if values.get("model_type") == "gpt2":  # transformers' file: its other keys are not ours
-            if (activation := values.get("activation_function", "gelu_new")) != "gelu_new":
-                raise ValueError(f'{path}: activation_function is "{activation}", GPT-2 uses "gelu_new"')
+            for key, usual in _THEIR_USUAL.items():
+                if (found := values.get(key, usual)) != usual:
+                    raise ValueError(f"{path}: {key} is {found!r}, GPT-2 has {usual!r}")
+            width = values.get("n_embd", self.n_embd)
+            if (inner := values.get("n_inner")) not in (None, 4 * width):
+                raise ValueError(f"{path}: n_inner is {inner}, GPT-2 has 4 * n_embd, {4 * width}")
             values = {"n_ctx": values.get("n_positions", self.n_ctx), **values}
             values = {key: value for key, value in values.items() if key in self.__dict__}
         if unknown := sorted(values.keys() - self.__dict__.keys()):
@@ -231,18 +241,37 @@ class GPT2Config:
             faults.append(f"LoRA bias must be one of {', '.join(LORA_BIASES)}, not {self.lora_bias}")
         if self.lora_bias != "none" and not self.bias:
             faults.append(f"LoRA bias {self.lora_bias} needs a model with biases, bias is False")
-        if any(rank < 0 for rank in self.lora_rank_pattern.values()):
-            faults.append(f"ranks must be at least 0, not {self.lora_rank_pattern}")
+        ranks = self.lora_rank_pattern.values()
+        if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
+            faults.append(f"ranks must be whole numbers of at least 0, not {self.lora_rank_pattern}")
         if any(alpha <= 0 for alpha in self.lora_alpha_pattern.values()):
             faults.append(f"alphas must be above 0, not {self.lora_alpha_pattern}")
-        if not faults and isinstance(self.n_layer, int) and self.lora_attn_dim:
-            names = [f"h.{i}.{kind}" for i in range(self.n_layer) for kind in TARGETS.values()]
-            for pattern in (*self.lora_rank_pattern, *self.lora_alpha_pattern):
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    faults.append(
-                        f"the pattern {pattern} fits no layer; layers are h.0.attn.c_attn and so on"
-                    )
+        if faults or not isinstance(self.n_layer, int) or not self.lora_attn_dim:
+            return faults
+        return self._layer_faults()
+
+    def _layer_faults(self) -> list[str]:
+        """Of what the patterns make of the layers."""
+        faults = []
+        kinds, layers = self._lora_kinds(), self.lora_layers
+        names = [f"h.{i}.{kind}" for i in range(self.n_layer) for kind in kinds]
+        for pattern in (*self.lora_rank_pattern, *self.lora_alpha_pattern):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                there = ", ".join(f"h.0.{kind}" for kind in kinds)
+                faults.append(f"the pattern {pattern} fits no layer that is adapted: {there} and so on")
+        if not layers and self.lora_bias != "all":
+            faults.append(f"LoRA rank is 0 in every layer by {self.lora_rank_pattern}: nothing would train")
+        largest = max((lora.rank for lora in layers.values()), default=0)
+        if self.lora_init != "kaiming" and largest > self.n_embd:
+            most = f"at most n_embd {self.n_embd}"
+            faults.append(f"LoRA init {self.lora_init} needs ranks of {most}, not {largest}")
         return faults
+
+    def _lora_kinds(self) -> dict[str, list[bool]]:
+        """The adapted layers of a block and which of their equal parts are adapted."""
+        kinds = {name: [True] for target, name in TARGETS.items() if target in self.lora_targets}
+        parts = [part in self.lora_targets for part in PROJECTIONS]
+        return {"attn.c_attn": parts, **kinds} if any(parts) else kinds
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

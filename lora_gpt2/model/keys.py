@@ -27,16 +27,19 @@ def canonical(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
     Takes the dict itself or a checkpoint that holds it as ``model_state_dict`` (the published scripts),
     ``state_dict`` (Lightning) or ``model`` (nanoGPT, whose linear layers lie (out, in)). Raises ValueError
-    for a value that is no tensor and for a head that differs from the token embedding, which GPT-2 ties.
+    for a value that is no tensor, a weight that is there twice, and a head that differs from the token
+    embedding, which GPT-2 ties.
     """
     holders = ("model_state_dict", "state_dict", "model")
-    inner = next((state_dict[key] for key in holders if key in state_dict), state_dict)
+    inner = next((state_dict[key] for key in holders if isinstance(state_dict.get(key), Mapping)), state_dict)
     tensors: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     for key, value in inner.items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f'"{key}" is a {type(value).__name__}, expected a tensor')
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f'"{key}" is a {type(value).__name__}, expected a tensor under a name')
         name = _bare(key)
+        if f"transformer.{name}" in tensors:
+            raise ValueError(f"holds transformer.{name} twice, under different names")
         if name.startswith("lm_head."):
             heads[key] = value
         elif not _MASK_BUFFER.fullmatch(name):

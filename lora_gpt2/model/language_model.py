@@ -88,8 +88,9 @@ class GPT2LMModel(nn.Module):
         if not 1 <= block_size <= self.config.n_positions:
             limits = f"from 1 to {self.config.n_positions}"
             raise ValueError(f"block_size must be {limits}, the positions of the model, not {block_size}")
-        self.config.n_positions = block_size
-        self.config.n_ctx = min(self.config.n_ctx, block_size)
+        shorter = {"n_positions": block_size, "n_ctx": min(self.config.n_ctx, block_size)}
+        config = GPT2Config.from_dict({**self.config.to_dict(), **shorter})  # the old may be another's too
+        self.config = self.transformer.config = self.lm_head.config = config
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone(), wpe.weight.requires_grad)
         wpe.num_embeddings = block_size

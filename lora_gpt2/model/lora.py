@@ -19,7 +19,8 @@ class MergedLinear(nn.Module):
     kaiming-uniform with a = sqrt(5), B is zero, so a fresh layer equals its base.
 
     * `init` "pissa" or "olora": A and B start as factors of W0, kept as ``lora_A0`` and ``lora_B0``; the
-      update is s (B A - B0 A0), which is what training the remainder W0 - s B0 A0 beside B A computes.
+      update is s (B A - B0 A0), which is what training the remainder W0 - s B0 A0 beside B A computes
+      (with `lora_dropout`, but for the dropout: here it acts on both).
     * `dora`: the rows V of W0 + update are scaled to trained lengths ``lora_magnitude`` (n * out / P,),
       W = m V / |V|, with |V| taken as a constant by the gradient (Liu et al. 2024, section 4.3).
     * `train_bias`: ``lora_bias`` (out,), zero at first, is added to the bias.
@@ -67,7 +68,7 @@ class MergedLinear(nn.Module):
         shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._base: tuple[Tensor, Tensor | None] | None = None
+        self._base: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.lora_magnitude = self.lora_bias = None
         n = len(self.enabled)
         if n:
@@ -139,7 +140,7 @@ class MergedLinear(nn.Module):
             if self.lora_magnitude is not None:
                 whole = base[self._rows(i)] + low_rank
                 magnitude = self.lora_magnitude.chunk(len(self.enabled))[j]
-                low_rank = whole * (magnitude / whole.norm(dim=1))[:, None] - base[self._rows(i)]
+                low_rank = whole * (magnitude / _lengths(whole))[:, None] - base[self._rows(i)]
             delta[self._rows(i)] = low_rank
         return self._out_in(delta)
 
@@ -149,19 +150,19 @@ class MergedLinear(nn.Module):
         if self.merged or not self.adapted:
             return
         delta = self.delta_weight()
-        self._base = self.weight.data, None if self.bias is None else self.bias.data
-        self.weight.data = self.weight.data + delta
+        self._base = self.weight, self.bias
+        self.weight = _sum(self.weight, delta)  # a new one: other models may share the base
         if self.bias is not None and self.lora_bias is not None:
-            self.bias.data = self.bias.data + self.lora_bias
+            self.bias = _sum(self.bias, self.lora_bias)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Takes the update out again."""
         if self._base is not None:
-            self.weight.data = self._base[0]
-            if self.bias is not None and self._base[1] is not None:
-                self.bias.data = self._base[1]
-            self._base = None
+            weight, bias = self._base
+            self.weight, self._base = _like(weight, self.weight), None
+            if self.bias is not None and bias is not None:
+                self.bias = _like(bias, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
@@ -184,10 +185,12 @@ class MergedLinear(nn.Module):
         for (i, update), magnitude in zip(
             self._updates(x), self.lora_magnitude.chunk(len(self.enabled)), strict=True
         ):
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 whole = weight[self._rows(i)] + self._low_rank(self.enabled.index(i))
-            scale = magnitude / whole.norm(dim=1)  # (out / P,)
-            y[..., self._rows(i)] = (y[..., self._rows(i)] + update) * scale.to(y.dtype)
+                whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
+            scale = magnitude / _lengths(whole)  # (out / P,), near 1: bfloat16 would lose what is trained
+            scaled = (y[..., self._rows(i)] + update) * scale
+            y[..., self._rows(i)] = scaled.to(y.dtype)
         bias = self._whole_bias()
         return y if bias is None else y + bias
 
@@ -238,7 +241,7 @@ class LayerNorm(nn.LayerNorm):
     def __init__(self, size: int, eps: float, bias: bool = True, train_bias: bool = False) -> None:
         super().__init__(size, eps=eps, bias=bias)
         self.lora_bias = nn.Parameter(torch.zeros(size)) if train_bias else None
-        self._base_bias: Tensor | None = None
+        self._base_bias: nn.Parameter | None = None
 
     @property
     def adapted(self) -> bool:
@@ -258,17 +261,33 @@ class LayerNorm(nn.LayerNorm):
     @torch.no_grad()
     def merge(self) -> None:
         if self.lora_bias is not None and not self.merged:
-            self._base_bias = self.bias.data
-            self.bias.data = self.bias.data + self.lora_bias
+            self._base_bias = self.bias
+            self.bias = _sum(self.bias, self.lora_bias)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         if self._base_bias is not None:
-            self.bias.data, self._base_bias = self._base_bias, None
+            self.bias, self._base_bias = _like(self._base_bias, self.bias), None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.bias if self.lora_bias is None or self.merged else self.bias + self.lora_bias
         return F.layer_norm(x, self.normalized_shape, self.weight, bias, self.eps)
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The norm of each row, never zero."""
+    return rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
+
+
+def _sum(parameter: nn.Parameter, update: Tensor) -> nn.Parameter:
+    return nn.Parameter(parameter.data + update.data, parameter.requires_grad)
+
+
+def _like(parameter: nn.Parameter, now: Tensor) -> nn.Parameter:
+    """The parameter in the type and at the place that the model has now."""
+    if parameter.dtype == now.dtype and parameter.device == now.device:
+        return parameter
+    return nn.Parameter(parameter.data.to(now), parameter.requires_grad)
 
 
 def _leading_factors(base: Tensor, rank: int, init: str, scaling: float) -> tuple[Tensor, Tensor]:

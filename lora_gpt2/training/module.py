@@ -75,6 +75,9 @@ class LanguageModeling(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fills in the frozen base. Raises UserError for a checkpoint of another model or another base."""
+        if "config" not in checkpoint:
+            do = "resume from a checkpoint of this version's train.py"
+            raise UserError("resume", "the checkpoint does not say its model", do)
         theirs = GPT2Config.from_dict(checkpoint["config"])
         names = [name for name in checkpoint["config"] if "dropout" not in name]
         if differing := theirs.differences(self.model.config, names):

@@ -24,6 +24,17 @@ def describe_adapter(source: str | Path) -> tuple[Path, Description]:
     return path, description
 
 
+def holds_adapter(source: str | Path) -> bool:
+    """Whether `source`, a run's folder or a file, is an adapter of ours. Raises UserError for a torn file."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / ADAPTER_FILE).is_file()
+    if path.suffix != ".safetensors" or not path.is_file():
+        return path.name == ADAPTER_FILE
+    description = read_description(path)
+    return description is not None and description.kind == "adapter"
+
+
 def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
     """Loads the LoRA matrices into `model`, whose base is in place already.
 
@@ -55,6 +66,7 @@ def open_adapter(source: str | Path, base: str | None = None) -> tuple[GPT2LMMod
     """
     _, about = describe_adapter(source)
     where = base or about.base_source
-    model = build_base(about.gpt2_config, where, about.card, about.tokenizer, about.seed)
+    config, lacking = about.gpt2_config, about.base_may_lack
+    model = build_base(config, where, about.card, about.tokenizer, about.seed, lacking)
     load_adapter(model, source)
     return model.eval(), about

@@ -70,10 +70,13 @@ def _analyse(layer: str, part: str, factors: Factors, weight: Tensor | None) -> 
 def similarity(first: Factors, second: Factors) -> Tensor:
     """phi(i, j) = |U1_i^T U2_j|^2 / min(i, j) for all i <= R1 and j <= R2: (R1, R2), between 0 and 1.
 
-    U_i are the first i right singular directions of A (Hu et al. 2021, equation 4): 1 where the smaller
-    space lies in the larger one.
+    R1 and R2 are the ranks of the As themselves. U_i are the first i right singular directions of A (Hu et
+    al. 2021, equation 4): 1 where the smaller space lies in the larger one.
     """
-    directions = [torch.linalg.svd(one.a.double(), full_matrices=False)[2] for one in (first, second)]
+    directions = []
+    for one in (first, second):
+        _, s, vh = torch.linalg.svd(one.a.double(), full_matrices=False)
+        directions.append(vh[: int((s > s.amax() * 1e-6).sum())])  # rows of zeros span nothing
     overlaps = (directions[0] @ directions[1].T).square()  # (R1, R2)
     sums = overlaps.cumsum(0).cumsum(1)
     i, j = (torch.arange(1, size + 1) for size in sums.shape)

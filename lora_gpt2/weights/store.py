@@ -47,6 +47,8 @@ class Description:
     """Adapter: `base_hash` of the base below it."""
     base_source: str | None = None
     """Adapter: where that base came from; None: drawn at random with `seed`."""
+    base_may_lack: list[str] = field(default_factory=list)
+    """Adapter: patterns of weights that the base lacked, drawn at random with `seed` instead."""
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     """Anything else worth keeping, e.g. steps and validation loss."""
@@ -69,6 +71,7 @@ def base_hash(model: GPT2LMModel) -> str:
 
 def save_model(path: Path, model: GPT2LMModel, description: Description) -> None:
     """Writes every weight but LoRA's; `description.kind` is "model"."""
+    assert not any(layer.merged for layer in model.lora_layers()), "files hold unmerged weights"
     write_weights(path, {k: v for k, v in model.weights().items() if not is_lora(k)}, description)
 
 
@@ -148,7 +151,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
         )
         raise UserError(path, what, "give a file of weights alone, from a source you trust") from None
     except Exception as error:  # torch raises several kinds for a damaged file
-        what = f"could not be read as plain tensors ({str(error).splitlines()[0]})"
+        what = f"could not be read as plain tensors ({(str(error).splitlines() or ['it is empty'])[0]})"
         raise UserError(path, what, "give a whole weight file from a source you trust") from None
     if not isinstance(values, dict):
         raise UserError(path, f"holds a {type(values).__name__}", "expected a dict of tensors")

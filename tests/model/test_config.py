@@ -44,7 +44,14 @@ def test_defaults_are_the_documented_ones():
         ({"lora_bias": "all", "bias": False}, "needs a model with biases"),
         ({"vocab_multiple": 0}, "vocab_multiple must be at least 1, not 0"),
         ({"lora_attn_dim": 2, "lora_rank_pattern": {"h.12.*": 4}}, r"the pattern h.12.\* fits no layer"),
-        ({"lora_rank_pattern": {"h.1.*": -4}}, "ranks must be at least 0"),
+        ({"lora_rank_pattern": {"h.1.*": 2.5}}, "ranks must be whole numbers of at least 0"),
+        (
+            {"lora_attn_dim": 2, "lora_rank_pattern": {"*.mlp.*": 4}},
+            r"fits no layer that is adapted: h.0.attn.c_attn",
+        ),
+        ({"lora_attn_dim": 2, "lora_rank_pattern": {"*": 0}}, "rank is 0 in every layer"),
+        ({"lora_attn_dim": 800, "lora_init": "pissa"}, "pissa needs ranks of at most n_embd 768, not 800"),
+        ({"lora_rank_pattern": {"h.1.*": -4}}, "ranks must be whole numbers of at least 0"),
         ({"lora_alpha_pattern": {"h.1.*": 0}}, "alphas must be above 0"),
     ],
 )

@@ -150,3 +150,69 @@ def test_without_biases_there_are_fewer_parameters():
     biases = sum(p.numel() for name, p in with_bias.named_parameters() if name.endswith("bias"))
     assert with_bias.get_num_params() - without.get_num_params() == biases > 0
     assert with_bias.get_num_params(False) - with_bias.get_num_params() == 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("none", set()),
+        ("lora_only", {"h.0.attn.c_attn", "h.1.attn.c_attn"}),
+        ("all", {f"h.{i}.{kind}" for i in (0, 1) for kind in (
+            "ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")} | {"ln_f"}),
+    ],
+)  # fmt: skip
+def test_the_biases_that_train_are_those_that_were_asked_for(which, expected):
+    model = build(["q"], lora_bias=which)
+    model.train_only_lora()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    biases = {
+        name.removeprefix("transformer.").removesuffix(".lora_bias") for name in trained if "bias" in name
+    }
+    assert biases == expected
+
+
+def test_small_changes_of_doras_magnitudes_act_in_bfloat16():
+    model = build(["c_attn"], lora_dora=True)
+    layer = model.transformer.h[0].attn.c_attn
+    x = torch.randn(64, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        bias = layer.bias.clone()
+        layer.bias.zero_()
+        before = layer(x).float()
+        layer.lora_magnitude *= 1.003
+        gain = (layer(x).float() * before).sum() / before.square().sum()
+        layer.bias.copy_(bias)
+    assert float(gain) == pytest.approx(1.003, abs=7e-4)
+
+
+def test_merging_one_model_leaves_those_that_share_its_base():
+    first, second = build(["q"]), build(["q"])
+    disturb(first)
+    second.share_base(first)
+    before = logits(second)
+    first.merge()
+    assert torch.equal(logits(second), before)
+    first.unmerge()
+    assert first.transformer.h[0].attn.c_attn.weight is second.transformer.h[0].attn.c_attn.weight
+    second.crop_block_size(9)
+    assert first.config.n_ctx == 16
+
+
+def test_a_merged_model_that_changed_its_type_unmerges_in_that_type():
+    model = build(["q"], lora_bias="all")
+    disturb(model)
+    model.merge()
+    model.double()
+    model.unmerge()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert model(IDS)[0].dtype is torch.float64
+
+
+def test_dora_over_a_row_of_zeros_is_a_number():
+    model = build(["q"], lora_dora=True)
+    base = model.weights()
+    base["transformer.h.0.attn.c_attn.weight"][:, 0] = 0
+    model.load_weight({name: value for name, value in base.items() if not is_lora(name)})
+    assert logits(model).isfinite().all()
+    model.merge()
+    assert logits(model).isfinite().all()

@@ -72,3 +72,10 @@ def test_an_adapter_shares_all_of_itself_and_nothing_with_what_stands_upright():
 def test_two_adapters_are_compared_where_both_adapt():
     found = similarities(update(build(["q", "v"], 4)), update(build(["v", "c_proj"], 5)))
     assert list(found) == [("h.0.attn.c_attn", "v"), ("h.1.attn.c_attn", "v")]
+
+
+def test_zeros_that_fill_up_a_rank_share_no_subspace():
+    torch.manual_seed(0)
+    one, other = (Factors(torch.randn(6, 2), torch.randn(2, 8)) for _ in range(2))
+    padded = Factors(torch.cat((one.b, torch.zeros(6, 1)), 1), torch.cat((one.a, torch.zeros(1, 8))))
+    assert torch.allclose(similarity(padded, other), similarity(one, other))

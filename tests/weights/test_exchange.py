@@ -236,3 +236,66 @@ def test_a_peft_folder_that_does_not_fit_is_refused(tmp_path, fault):
             message = "holds base_model.model.lm_head.weight, which has no place"
     with pytest.raises(UserError, match=message):
         peft_files.read(tmp_path, base)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights pissa has changed the base"),
+        ({"alora_invocation_tokens": [1, 2]}, "sets alora_invocation_tokens, which has no counterpart"),
+        ({"modules_to_save": ["wte"]}, "sets modules_to_save"),
+        ({"alpha_pattern": {"h.(": 3}}, "alpha_pattern that is no expression"),
+    ],
+)
+def test_what_peft_means_otherwise_is_refused(tmp_path, settings, message):
+    model = build(["q"])
+    peft_files.write(tmp_path, model, "base")
+    path = tmp_path / peft_files.CONFIG_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    with pytest.raises(UserError, match=message):
+        peft_files.read(tmp_path, our_base(model))
+
+
+@pytest.mark.parametrize("part", ["lora_B.weight", "lora_magnitude_vector"])
+def test_a_peft_layer_that_is_not_whole_is_refused(tmp_path, part):
+    model = build(["q"], lora_dora=True)
+    peft_files.write(tmp_path, model, "base")
+    tensors = load_file(tmp_path / peft_files.WEIGHTS_FILE)
+    del tensors[f"base_model.model.transformer.h.1.attn.c_attn.{part}"]
+    save_file(tensors, tmp_path / peft_files.WEIGHTS_FILE)
+    with pytest.raises(UserError, match=r"has no lora_.* of h.1.attn.c_attn"):
+        peft_files.read(tmp_path, our_base(model))
+
+
+def test_a_pattern_of_peft_fits_whole_names_only(tmp_path):
+    """h.1 is not h.11, and attn.c_proj is not mlp.c_proj."""
+    settings = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"1.attn.c_attn": 5, "c_pro": 9}}
+    peft = get_peft_model(
+        their_base(build(["q"])),
+        LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **settings),
+    )
+    peft.save_pretrained(tmp_path)
+    config, _ = peft_files.read(tmp_path, our_base(build(["q"])))
+    for name, lora in config.lora_layers.items():
+        theirs = peft.base_model.model.transformer.get_submodule(name).scaling["default"]
+        assert config.scaling(lora) == theirs == (2.5 if name == "h.1.attn.c_attn" else 3)
+
+
+def test_doras_gradients_are_pefts(tmp_path):
+    """The norm is a constant to the gradient, in both."""
+    model = build(["c_attn"], lora_dora=True)
+    peft_files.write(tmp_path, model, "base")
+    theirs = PeftModel.from_pretrained(their_base(model), tmp_path, is_trainable=True).eval()
+    model.train_only_lora()
+    model(IDS, lm_labels=IDS)[1].backward()
+    nn.functional.cross_entropy(theirs(IDS).logits.flatten(0, 1), IDS.flatten()).backward()
+    stem = "base_model.model.transformer.h.1.attn.c_attn"
+    named = dict(theirs.named_parameters())
+    layer = model.transformer.h[1].attn.c_attn
+    pairs = {
+        "lora_A.default.weight": layer.lora_A,
+        "lora_B.default.weight": layer.lora_B,
+        "lora_magnitude_vector.default.weight": layer.lora_magnitude,
+    }
+    for name, own in pairs.items():
+        torch.testing.assert_close(own.grad, named[f"{stem}.{name}"].grad, atol=1e-6, rtol=1e-4)

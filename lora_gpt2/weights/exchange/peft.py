@@ -23,6 +23,18 @@ from lora_gpt2.weights.store import plain_update
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
+"""Values of init_lora_weights that leave the base as it was."""
+# fmt: off
+_UNDERSTOOD = frozenset((
+    "peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "lora_dropout", "target_modules",
+    "exclude_modules", "fan_in_fan_out", "bias", "use_dora", "use_rslora", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config",
+    "qalora_group_size", "runtime_config",
+))
+# fmt: on
+"""Settings that are read, or only say how the adapter was made."""
 
 
 def write(folder: Path, model: GPT2LMModel, base_name: str) -> None:
@@ -57,6 +69,9 @@ def write(folder: Path, model: GPT2LMModel, base_name: str) -> None:
         inner = "base_layer.bias" if stem.removeprefix("transformer.").rstrip(".") in ranks else "bias"
         tensors[f"{_PREFIX}{stem}{inner}"] = weights[f"{stem}bias"] + update[name]
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    with replacing(folder / WEIGHTS_FILE) as temporary:
+        save_file(values, temporary, {"format": "pt"})
     write_json(
         folder / CONFIG_FILE,
         {
@@ -77,9 +92,6 @@ def write(folder: Path, model: GPT2LMModel, base_name: str) -> None:
             "init_lora_weights": True,
         },
     )
-    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(values, temporary, {"format": "pt"})
 
 
 def read(folder: Path, base: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]]:
@@ -92,9 +104,14 @@ def read(folder: Path, base: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]
     settings = read_json(folder / CONFIG_FILE, do)
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise UserError(folder / CONFIG_FILE, "describes no LoRA adapter", do)
+    _refuse_other_kinds(folder / CONFIG_FILE, settings)
     layers = _layers(folder / WEIGHTS_FILE, do)
     own = {f"h.{i}.{kind}" for i in range(base.config.n_layer) for kind in TARGETS.values()}
-    adapted = {name: parts for name, parts in layers.items() if "lora_A" in parts and "lora_B" in parts}
+    adapted = {name: parts for name, parts in layers.items() if parts.keys() - {"bias"}}
+    needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.get("use_dora") else set())
+    for name, parts in adapted.items():
+        if lacking := sorted(needed - parts.keys()):
+            raise UserError(folder / WEIGHTS_FILE, f"has no {lacking[0]} of {name}", do)
     if foreign := [name for name in adapted if name not in own] or (not adapted and ["no LoRA at all"]):
         raise UserError(folder / WEIGHTS_FILE, f"adapts {foreign[0]}, which is no layer of this GPT-2", do)
     enable = _structure(adapted, base, settings.get("use_dora", False))
@@ -133,6 +150,17 @@ def read(folder: Path, base: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]
     return config, tensors
 
 
+def _refuse_other_kinds(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for what would change the meaning of A and B and is not understood here."""
+    init = settings.get("init_lora_weights", True)
+    if init not in _KEEP_THE_BASE:
+        do = "convert it with PEFT first: save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        raise UserError(path, f"init_lora_weights {init} has changed the base under the adapter", do)
+    for key, value in settings.items():
+        if value and key not in _UNDERSTOOD:
+            raise UserError(path, f"sets {key}, which has no counterpart here", "merge it with PEFT instead")
+
+
 def _layers(path: Path, do: str) -> dict[str, dict[str, Tensor]]:
     """Layer name to its tensors: lora_A, lora_B, lora_magnitude_vector, bias."""
     if not path.is_file():
@@ -156,10 +184,15 @@ def _layers(path: Path, do: str) -> dict[str, dict[str, Tensor]]:
 def _scaling(settings: Mapping[str, Any], name: str, rank: int) -> float:
     """alpha / r by PEFT's rule: a pattern fits where it is the end of the module's name."""
     patterns = settings.get("alpha_pattern") or {}
-    fitting = (
-        value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", f"transformer.{name}")
-    )
-    alpha = float(next(fitting, settings.get("lora_alpha", 8)))
+    try:
+        fitting = [
+            value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", f"transformer.{name}")
+        ]
+    except re.error as error:
+        raise UserError(
+            CONFIG_FILE, f"has an alpha_pattern that is no expression ({error})", "mend it"
+        ) from None
+    alpha = float(fitting[0] if fitting else settings.get("lora_alpha", 8))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 

@@ -14,11 +14,12 @@ from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.store import plain_update, read_pickle
 
 
-def write(path: Path, model: GPT2LMModel, everything: bool = False) -> None:
+def write(path: Path, model: GPT2LMModel, everything: bool = False) -> tuple[int, float]:
     """The LoRA matrices, or all weights with `everything`.
 
-    Raises UserError for an update that the published code cannot compute: other targets than q, k, v,
-    ranks that differ by layer, DoRA, trained biases, a model without biases.
+    Returns the rank and the alpha that the file does not hold; they are those of training but for rsLoRA,
+    PiSSA and OLoRA. Raises UserError for an update that the published code cannot compute: other targets
+    than q, k, v, ranks that differ by layer, DoRA, trained biases, a model without biases.
     """
     config, tensors = plain_update(model)
     kinds = {(lora.rank, config.scaling(lora), *lora.enable) for lora in config.lora_layers.values()}
@@ -34,6 +35,8 @@ def write(path: Path, model: GPT2LMModel, everything: bool = False) -> None:
     named = {f"module.{name}": value.detach().cpu().clone() for name, value in tensors.items()}
     with replacing(path) as temporary:
         torch.save({"model_state_dict": named}, temporary)
+    lora = next(iter(config.lora_layers.values()))
+    return lora.rank, config.scaling(lora) * lora.rank
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -73,4 +76,7 @@ def adapter_config(
         what = f"adapts {count} of q, k and v and does not say which"
         raise UserError(path, what, f"name them: --targets {','.join(PROJECTIONS[:count])}")
     lora = {"lora_attn_dim": found, "lora_attn_alpha": alpha, "lora_targets": list(targets)}
-    return GPT2Config.from_dict({**base.to_dict(), **lora})
+    try:
+        return GPT2Config.from_dict({**base.to_dict(), **lora})
+    except ValueError as error:
+        raise UserError("import reference", str(error), "change --alpha or --targets") from None
