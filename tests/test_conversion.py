@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_gpt2 import GPT2LMModel, conversion, runs
+from lora_gpt2.data.encode import encoded
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.keys import is_lora
@@ -277,10 +278,11 @@ def test_a_merged_model_is_merged_again_and_never_over_its_source(tmp_path, run,
     assert not (run / "adapter" / "model.safetensors").exists()
 
 
-def test_a_base_with_another_tokenizer_is_not_merged(tmp_path, run):
+def test_an_adapter_with_another_tokenizer_is_not_merged(tmp_path, run, tiny_corpus):
     shutil.copytree(run / "adapter", tmp_path / "a")
-    merges = next((tmp_path / "a" / "tokenizer").glob("merges.txt"))
-    merges.write_text("\n".join(merges.read_text().splitlines()[:-1]) + "\n")
+    other = encoded("jsonl", tiny_corpus, "corpus:270", tmp_path / "cache") / "tokenizer"
+    shutil.rmtree(tmp_path / "a" / "tokenizer")
+    shutil.copytree(other, tmp_path / "a" / "tokenizer")
     with pytest.raises(UserError, match="was made with tokenizer"):
         conversion.merge(str(tmp_path / "a"), str(run / "base"), tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
