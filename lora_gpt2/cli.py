@@ -105,13 +105,15 @@ def merge(
     output: Annotated[Path, typer.Option(help="Folder for the model.")],
     base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     dtype: Annotated[DType, typer.Option(help="Type of the weights written.")] = DType.float32,
+    tokenizer: Annotated[str | None, typer.Option(help="Its BPE, if not in its folder.")] = None,
 ) -> None:
     """Fold an adapter into its base: a folder that transformers loads, and base= here."""
     import torch
 
     from lora_gpt2 import conversion
 
-    for name, value in conversion.merge(run, base, output, getattr(torch, dtype.value)).items():
+    found = conversion.merge(run, base, output, getattr(torch, dtype.value), tokenizer)
+    for name, value in found.items():
         typer.echo(f"largest logit difference, merged against unmerged, in {name}: {value:.2g}")
     typer.echo(f"in {output}")
 
@@ -167,7 +169,7 @@ def import_(
     if form is Form.peft:
         conversion.import_peft(source, below, output)
     else:
-        names = targets.split(",") if targets else None
+        names = [name.strip() for name in targets.split(",")] if targets else None
         conversion.import_reference(source, below, output, alpha, rank, names)
     typer.echo(f"in {output}")
 

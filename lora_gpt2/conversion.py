@@ -18,7 +18,7 @@ from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights import factors
 from lora_gpt2.weights.adapter import describe_adapter, holds_adapter, open_adapter
 from lora_gpt2.weights.exchange import peft, reference, transformers
-from lora_gpt2.weights.pretrained import build_base, check_tokenizer, describe_base
+from lora_gpt2.weights.pretrained import build_base, describe_base
 from lora_gpt2.weights.store import (
     ADAPTER_FILE,
     MODEL_FILE,
@@ -31,15 +31,18 @@ from lora_gpt2.weights.store import (
 )
 
 
-def merge(source: str, base: str | None, output: Path, dtype: torch.dtype) -> dict[str, float]:
+def merge(
+    source: str, base: str | None, output: Path, dtype: torch.dtype, bpe: str | None = None
+) -> dict[str, float]:
     """Writes the adapter merged into its base, or a base alone, as a folder in transformers' form.
 
     Returns the largest difference between merged and unmerged logits by the type they were computed in:
-    float32, and `dtype`. Raises UserError.
+    float32, and `dtype`. `bpe`: its tokenizer, if not in its folder. Raises UserError.
     """
-    if output.resolve() in (Path(source).resolve(), Path(source).resolve().parent):
-        raise UserError(output, "is where the adapter lies", "give another folder for the merged model")
+    _check_output(output, source, base)
     if not holds_adapter(source):
+        if base is not None:
+            raise UserError(source, "holds no adapter, so that nothing goes over a base", "leave --base out")
         about = describe_base(source)
         if about is None:
             do = "give a run, a folder with a config.json beside the weights, or a hub name"
@@ -47,9 +50,8 @@ def merge(source: str, base: str | None, output: Path, dtype: torch.dtype) -> di
         model = build_base(about.gpt2_config, source, about.card, about.tokenizer, about.seed)
     else:
         model, about = open_adapter(source, base)
-    tokenizer = load_tokenizer(runs.tokenizer_of(source))
-    if about.tokenizer:
-        check_tokenizer(Path(source), about, tokenizer.sha256)
+    _check_output(output, about.base_source)
+    tokenizer = _tokenizer(source, about, bpe)
     model.eval()
     differences = {
         str(kind).removeprefix("torch."): _merge_difference(model, kind)
@@ -60,6 +62,26 @@ def merge(source: str, base: str | None, output: Path, dtype: torch.dtype) -> di
     transformers.write(output, model, about, tokenizer.end_token, dtype)
     tokenizer.save_for_transformers(output, model.config.n_positions)
     return differences
+
+
+def _check_output(output: Path, *inputs: str | None) -> None:
+    """Raises UserError where writing `output` would replace what is read, or the base below it."""
+    for source in (Path(source).resolve() for source in inputs if source is not None):
+        folder = source.parent if source.is_file() else source
+        if output.resolve() in (source, folder):
+            raise UserError(output, "holds what is read here or its base", "give another folder")
+    if output.is_file() and not output.suffix:
+        raise UserError(output, "is a file, a folder was expected", "give another folder")
+
+
+def _tokenizer(source: str, about: Description, given: str | None = None) -> Tokenizer:
+    """That of `source`, or `given`. Raises UserError where it is not the one that the weights know."""
+    tokenizer = load_tokenizer(given or runs.tokenizer_of(source))
+    own = about.tokenizer not in ("", tokenizer.sha256)
+    if own or tokenizer.vocab_size > about.gpt2_config.vocab_size:
+        what = f"knows another tokenizer than {given or runs.tokenizer_of(source)}"
+        raise UserError(source, what, "give its own, the tokenizer/ folder of its run: --tokenizer")
+    return tokenizer
 
 
 @torch.inference_mode()
@@ -81,6 +103,7 @@ def export(form: str, source: str, base: str | None, output: Path, everything: b
     Returns what the other program must be told, because the file does not say it.
     """
     model, about = open_adapter(source, base)
+    _check_output(output, source, base, about.base_source)
     if form == "peft":
         peft.write(output, model, base or about.base_source or "")
         return ""
@@ -112,6 +135,9 @@ def open_base(source: str, card: ModelSettings | None, tokenizer: str | None) ->
         config = about.gpt2_config
     else:
         raise UserError(source, "does not say which model it is", "name the card, e.g. --model gpt2.md")
+    if bpe.vocab_size > config.vocab_size:
+        what = f"has {config.vocab_size} tokens, its tokenizer ({tokenizer or 'GPT-2s'}) {bpe.vocab_size}"
+        raise UserError(source, what, "give its own: --tokenizer")
     model = build_base(config, source, name, bpe.sha256, 0).eval()
     return Base(model, name, str(Path(source).resolve()) if Path(source).exists() else source, bpe)
 
@@ -139,6 +165,7 @@ def _sizes(card: ModelSettings, tokenizer: Tokenizer) -> GPT2Config:
 
 def import_peft(folder: Path, base: Base, output: Path) -> None:
     """Writes the PEFT adapter in `folder` as an adapter of ours."""
+    _check_output(output, str(folder), base.source)
     _save_imported(folder, base, *peft.read(folder, base.model), output)
 
 
@@ -149,6 +176,7 @@ def import_reference(
 
     Raises UserError where the file holds a base too and it is not `base`, bit for bit.
     """
+    _check_output(output, base.source)
     held, update = reference.read(file)
     own = base.model.weights()
     if held and any(name not in held or not torch.equal(own[name], held[name]) for name in own):
@@ -165,6 +193,8 @@ def combine(sources: Sequence[str], weights: Sequence[float], output: Path, rank
     adapters over different bases and for DoRA, whose updates do not add up.
     """
     abouts = check_same_base(sources)
+    _check_output(output, *sources, abouts[0].base_source)
+    tokenizer = _tokenizer(sources[0], abouts[0])
     for source, about in zip(sources, abouts, strict=True):
         if about.gpt2_config.lora_dora or about.gpt2_config.lora_bias != "none":
             what = "trains magnitudes or biases, which no sum of low-rank updates expresses"
@@ -175,7 +205,7 @@ def combine(sources: Sequence[str], weights: Sequence[float], output: Path, rank
     config, tensors = factors.as_adapter(first.gpt2_config, cut)
     notes = {"combined": dict(zip(sources, weights, strict=True)), "energy_kept": kept}
     write_weights(output / ADAPTER_FILE, tensors, replace(first, config=config.to_dict(), notes=notes))
-    load_tokenizer(runs.tokenizer_of(sources[0])).save(output / "tokenizer")
+    tokenizer.save(output / "tokenizer")
     return kept
 
 

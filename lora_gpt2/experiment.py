@@ -92,9 +92,7 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
         return None
     hypotheses = merge_parts(folder, trainer.world_size, len(queries))
     texts = [data.tokenizer.clean(hypothesis.tokens) for hypothesis in hypotheses]
-    write_predictions(
-        folder / "predictions.jsonl", queries.of_row, hypotheses, texts, settings.decoding.eval_len
-    )
+    write_predictions(folder / "predictions.jsonl", queries, hypotheses, texts, settings.decoding.eval_len)
     return _evaluate(folder, data, settings.split, queries, texts)
 
 

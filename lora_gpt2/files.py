@@ -16,9 +16,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is synced and renamed to `path`.
 
     On any exception the temporary file is removed and `path` is left as it was.
+    Raises UserError where no such file can be: a folder is there, or its folder would be a file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise UserError(path, "is a folder, a file is to be written there", "give another name")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(path.parent, "is a file, a folder was expected", "give another name") from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -18,6 +18,7 @@ def fetch(
     Raises UserError, with `where` and `do`, when none is had.
     """
     import huggingface_hub as hub  # slow to import, and needed only without local files
+    import huggingface_hub.errors
 
     names = [names] if isinstance(names, str) else names
     try:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -160,15 +161,19 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     targets = sum(int((rows.lengths - rows.contexts)[batch].sum()) for batch in batches) / len(batches)
     accumulated = arguments.get("accumulate_grad_batches") or 1
 
+    count, width = map(int, sizes[largest])
+    heaviest = _Shape(count, width, int(rows[batches[largest]].mask.sum()))
     process, measured = _resident() if device == "cpu" else 0, None
+    memory = _count(config, settings, device, heaviest)[0]._replace(process=process)
+    if micro_steps and device == "cpu" and memory.peak - process > psutil.virtual_memory().available:
+        need, free = memory.peak / 1e9, psutil.virtual_memory().available / 1e9
+        what = f"a step would take {need:.1f} GB, {free:.1f} GB are free"
+        raise UserError("plan", what, "add --steps 0 to time none, or set data.batch_size lower")
     if micro_steps:
         order = [largest, *(i % len(batches) for i in range(micro_steps + 1))]
         seconds, peak = _run(config, settings, device, [rows[batches[i]] for i in order])
         timed = sum(int(positions[i]) for i in order[2:])
         measured = Measured(seconds / timed * mean * accumulated, peak)
-    count, width = map(int, sizes[largest])
-    heaviest = _Shape(count, width, int(rows[batches[largest]].mask.sum()))
-    memory, _ = _count(config, settings, device, heaviest)
     mean_rows = len(rows) / len(batches)
     typical = _Shape(round(mean_rows), round(mean / mean_rows), round(targets))
     _, flops = _count(config, settings, device, typical)
@@ -185,7 +190,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
         padding_to_seq_len=1 - tokens / (int(sizes[:, 0].sum()) * (settings.data.seq_len - 1)),
         largest_batch=(count, width),
         flops_per_step=flops * accumulated,
-        memory=memory._replace(process=process),
+        memory=memory,
         measured=measured,
     )
 

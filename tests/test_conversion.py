@@ -272,7 +272,7 @@ def test_a_merged_model_is_merged_again_and_never_over_its_source(tmp_path, run,
     base = conversion.open_base(str(tmp_path / "again"), None, None)
     torch.testing.assert_close(logits(base.model), logits(theirs.eval()), atol=1e-5, rtol=1e-5)
     before = (run / "adapter" / "adapter.safetensors").read_bytes()
-    with pytest.raises(UserError, match="is where the adapter lies; give another folder"):
+    with pytest.raises(UserError, match="holds what is read here or its base; give another folder"):
         conversion.merge(str(run / "adapter"), None, run / "adapter", torch.float32)
     assert (run / "adapter" / "adapter.safetensors").read_bytes() == before
     assert not (run / "adapter" / "model.safetensors").exists()
@@ -283,7 +283,7 @@ def test_an_adapter_with_another_tokenizer_is_not_merged(tmp_path, run, tiny_cor
     other = encoded("jsonl", tiny_corpus, "corpus:270", tmp_path / "cache") / "tokenizer"
     shutil.rmtree(tmp_path / "a" / "tokenizer")
     shutil.copytree(other, tmp_path / "a" / "tokenizer")
-    with pytest.raises(UserError, match="was made with tokenizer"):
+    with pytest.raises(UserError, match="knows another tokenizer than"):
         conversion.merge(str(tmp_path / "a"), str(run / "base"), tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
 

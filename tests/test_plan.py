@@ -2,6 +2,7 @@
 
 import json
 
+import psutil
 import pytest
 import torch
 
@@ -167,3 +168,11 @@ def test_json_names_every_figure(tiny):
     assert values["measured"]["peak"] == made.measured.peak
     assert values["seconds"] == pytest.approx(made.measured.seconds_per_step * made.steps)
     assert values["largest_batch"] == {"rows": 7, "tokens": made.largest_batch[1]}
+
+
+def test_a_step_that_does_not_fit_is_not_tried(tiny, monkeypatch):
+    free = psutil.virtual_memory()._replace(available=10**6)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(UserError, match=r"a step would take .* GB, 0.0 GB are free; add --steps 0"):
+        plan(settings_of("train", tiny), "cpu", 1)
+    assert plan(settings_of("train", tiny), "cpu", 0).measured is None

@@ -120,16 +120,21 @@ def merge_parts(folder: Path, ranks: int, queries: int) -> list[Hypothesis]:
 
 def write_predictions(
     path: Path,
-    of_row: Mapping[int, int],
+    queries: Queries,
     hypotheses: Sequence[Hypothesis],
     texts: Sequence[str],
     eval_len: int,
 ) -> None:
-    """One line a row, in order: {"id", "predict", "score", "text"}, predict zero-padded to `eval_len`."""
+    """One line a row, in order: {"id", "predict", "score", "text"}, predict zero-padded to `eval_len`.
+
+    "adapter" is there where the row asked for one.
+    """
     lines = []
-    for row, number in of_row.items():
+    for row, number in queries.of_row.items():
         tokens, score = hypotheses[number]
         predict = tokens + [0] * (eval_len - len(tokens))
         line = {"id": row, "predict": predict, "score": score, "text": texts[number]}
+        if adapter := queries.adapters[number]:
+            line["adapter"] = adapter
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))

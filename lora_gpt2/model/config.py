@@ -202,7 +202,7 @@ class GPT2Config:
         if not faults and self.n_ctx > self.n_positions:
             faults.append(f"n_ctx {self.n_ctx} is larger than n_positions {self.n_positions}")
         for name in ("layer_norm_epsilon", "initializer_range"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 faults.append(f"{name} must be above 0, not {getattr(self, name)}")
         for name in ("lora_dropout", "lora_r_dropout", "fix_dropout"):
             if not 0 <= getattr(self, name) < 1:
@@ -216,7 +216,7 @@ class GPT2Config:
         rank = self.lora_attn_dim
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             faults.append(f"LoRA rank must be a whole number of at least 0, not {rank!r}")
-        if self.lora_attn_alpha <= 0:
+        if not 0 < self.lora_attn_alpha < math.inf:
             faults.append(f"LoRA alpha must be above 0, not {self.lora_attn_alpha}")
         known = (*PROJECTIONS, *TARGETS)
         if not self.lora_targets or len(set(self.lora_targets)) != len(self.lora_targets):
@@ -244,7 +244,7 @@ class GPT2Config:
         ranks = self.lora_rank_pattern.values()
         if any(not isinstance(rank, int) or isinstance(rank, bool) or rank < 0 for rank in ranks):
             faults.append(f"ranks must be whole numbers of at least 0, not {self.lora_rank_pattern}")
-        if any(alpha <= 0 for alpha in self.lora_alpha_pattern.values()):
+        if any(not 0 < alpha < math.inf for alpha in self.lora_alpha_pattern.values()):
             faults.append(f"alphas must be above 0, not {self.lora_alpha_pattern}")
         if faults or not isinstance(self.n_layer, int) or not self.lora_attn_dim:
             return faults

@@ -70,6 +70,7 @@ class LanguageModeling(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["base_sha256"] = self.base_sha256
         checkpoint["config"] = self.model.config.to_dict()
+        checkpoint["lora_plus_ratio"] = self.optimizer_settings.lora_plus_ratio
         if self.base_sha256:
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_lora(k)}
 
@@ -83,6 +84,10 @@ class LanguageModeling(LightningModule):
         if differing := theirs.differences(self.model.config, names):
             what = f"the checkpoint is of another model: it has {', '.join(differing)}"
             raise UserError("resume", what, "give the model and LoRA settings of that run")
+        ratio, own = checkpoint.get("lora_plus_ratio", 1), self.optimizer_settings.lora_plus_ratio
+        if (ratio == 1) != (own == 1):  # B is a group of its own, or not
+            what = f"the checkpoint has optimizer.lora_plus_ratio {ratio:g}, here it is {own:g}"
+            raise UserError("resume", what, "give the optimizer settings of that run")
         if (base := checkpoint.get("base_sha256", "")) != self.base_sha256:
             hashes = f"{base[:12] or 'none'}, here {self.base_sha256[:12] or 'none'}"
             what = f"the checkpoint belongs to another base (hash {hashes})"

@@ -50,7 +50,7 @@ def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
     if (found := base_hash(model)) != description.base_sha256:
         origin = description.base_source or f"random weights, seed {description.seed}"
         what = f"was trained on another base (hash {description.base_sha256[:12]}…, this one {found[:12]}…)"
-        raise UserError(path, what, f"give the base it was trained on with base=… (then it was: {origin})")
+        raise UserError(path, what, f"give the base it was trained on (then it was: {origin})")
     try:
         model.load_weight(read_weights(path)[1])
     except ValueError as error:

@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_gpt2.errors import UserError
 from lora_gpt2.hub import fetch
 from lora_gpt2.model.config import GPT2Config
-from lora_gpt2.model.keys import POSITION_TABLE, canonical
+from lora_gpt2.model.keys import POSITION_TABLE, canonical, is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.store import MODEL_FILE, Description, read_description, read_pickle, read_weights
 
@@ -40,6 +40,10 @@ def load_base(
         _check_architecture(path.parent / "config.json", card, model.config)
     try:
         tensors = canonical(tensors)
+        if lora := [name for name in tensors if is_lora(name)]:
+            held = "LoRA beside the base" if len(lora) < len(tensors) else "LoRA alone, no base"
+            do = "take it as an adapter: lora-gpt2 import reference, then merge"
+            raise UserError(path, f"holds {held} ({lora[0]} and others)", do)
         positions = tensors.get(POSITION_TABLE)
         if positions is not None:
             tensors[POSITION_TABLE] = positions[: model.config.n_positions]
@@ -120,6 +124,8 @@ def _differences(theirs: GPT2Config, ours: GPT2Config) -> list[str]:
 
 def _locate(source: str) -> Path:
     path = Path(source)
+    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
+        raise UserError(f"base={source}", "there is no such file", f"the hub's is openai-community/{source}")
     if path.is_dir():
         for name in _FILES:
             if (path / name).is_file():
@@ -127,6 +133,8 @@ def _locate(source: str) -> Path:
         raise UserError(path, f"holds neither {' nor '.join(_FILES)}", "give a folder that does")
     if path.exists() or path.suffix in _SUFFIXES or source.count("/") != 1 or source[0] in "./~":
         return path
+    if path.parent.is_dir():
+        raise UserError(path, "there is no such file or folder", "check the path")
     do = "check the name and the network, or download the folder elsewhere and give its path"
     fetch(source, "config.json", f"base={source}", do)
     return fetch(source, _FILES, f"base={source}", do)

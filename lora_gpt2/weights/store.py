@@ -146,9 +146,9 @@ def read_pickle(path: Path) -> dict[str, Any]:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = (
-            f"holds more than plain tensors ({found[1] if found else 'unreadable objects'}), nothing was run"
-        )
+        what = "is no file of plain tensors, nothing in it was run"
+        if found:
+            what = f"holds more than plain tensors ({found[1]}), nothing was run"
         raise UserError(path, what, "give a file of weights alone, from a source you trust") from None
     except Exception as error:  # torch raises several kinds for a damaged file
         what = f"could not be read as plain tensors ({(str(error).splitlines() or ['it is empty'])[0]})"

@@ -56,9 +56,10 @@ def test_a_query_that_is_missing_or_doubled_is_noticed(tmp_path, first, second):
 
 def test_every_row_has_its_line(tmp_path):
     outputs = [Hypothesis([5, 9], -0.25), Hypothesis([6], -0.5)]
-    write_predictions(tmp_path / "p.jsonl", {0: 1, 1: 0, 2: 1}, outputs, ["café", "b"], eval_len=3)
+    queries = Queries([("", [1]), ("a", [2]), ("", [1])], longest=2)
+    write_predictions(tmp_path / "p.jsonl", queries, outputs[::-1], ["b", "café"], eval_len=3)
     assert [json.loads(line) for line in (tmp_path / "p.jsonl").read_text("utf-8").splitlines()] == [
         {"id": 0, "predict": [6, 0, 0], "score": -0.5, "text": "b"},
-        {"id": 1, "predict": [5, 9, 0], "score": -0.25, "text": "café"},
+        {"id": 1, "predict": [5, 9, 0], "score": -0.25, "text": "café", "adapter": "a"},
         {"id": 2, "predict": [6, 0, 0], "score": -0.5, "text": "b"},
     ]

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback
 from safetensors.torch import load_file
 
+from lora_gpt2.errors import UserError
 from tests.conftest import train
 
 MORE = ["model.dropout=0.2", "callbacks.last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]
@@ -50,3 +51,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, lora, extra):
         got, tail = load_file(resumed / file), losses(resumed)
         assert tail == {k: v for k, v in steps.items() if k >= step}, step
         assert all(torch.equal(got[name], expected[name]) for name in expected), step
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "message"),
+    [
+        ("a", ["optimizer.lora_plus_ratio=4"], "has optimizer.lora_plus_ratio 1, here it is 4"),
+        ("a/adapter.safetensors", [], "is not a whole checkpoint"),
+    ],
+)
+def test_what_cannot_be_resumed_is_named(tmp_path, tiny, source, more, message):
+    train(tmp_path / "a", *tiny, "lora=qv", "trainer.max_steps=1")
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "b", *tiny, "lora=qv", *more, f"resume={tmp_path / source}")

@@ -244,7 +244,11 @@ def test_a_peft_folder_that_does_not_fit_is_refused(tmp_path, fault):
         ({"init_lora_weights": "pissa"}, "init_lora_weights pissa has changed the base"),
         ({"alora_invocation_tokens": [1, 2]}, "sets alora_invocation_tokens, which has no counterpart"),
         ({"modules_to_save": ["wte"]}, "sets modules_to_save"),
-        ({"alpha_pattern": {"h.(": 3}}, "alpha_pattern that is no expression"),
+        ({"r": 9}, "says rank 9 and alpha"),
+        ({"lora_alpha": float("nan")}, "and alpha nan"),
+        ({"lora_alpha": "x"}, "lora_alpha that cannot be read"),
+        ({"lora_dropout": 2}, "settings that do not fit: lora_dropout must be in"),
+        ({"alpha_pattern": {"h.(": 3}}, "lora_alpha that cannot be read"),
     ],
 )
 def test_what_peft_means_otherwise_is_refused(tmp_path, settings, message):

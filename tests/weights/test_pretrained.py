@@ -177,3 +177,29 @@ def test_a_folder_of_transformers_says_its_sizes(tmp_path, theirs):
     torch.save(theirs.state_dict(), tmp_path / "alone.bin")
     (tmp_path / "config.json").unlink()
     assert describe_base(str(tmp_path / "alone.bin")) is None
+
+
+def test_a_base_that_carries_lora_is_refused(tmp_path):
+    """Not started from silently: its targets and alpha may be others."""
+    config = GPT2Config(7, 8, 8, 8, 2, 2, lora_attn_dim=2)
+    weights = {name: value.clone() for name, value in GPT2LMModel(config).weights().items()}
+    lora = {name: value for name, value in weights.items() if "lora_" in name}
+    for held, message in ((weights, "holds LoRA beside the base"), (lora, "holds LoRA alone, no base")):
+        torch.save(held, tmp_path / "base.pt")
+        with pytest.raises(UserError, match=message):
+            load_base(GPT2LMModel(config), str(tmp_path / "base.pt"), "tiny", "")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("gpt2", "the hub's is openai-community/gpt2"), ("tests/nowhere", "there is no such file or folder")],
+)
+def test_a_mistyped_base_is_not_asked_of_the_hub(source, message):
+    with pytest.raises(UserError, match=message):
+        load_base(GPT2LMModel(GPT2Config(7, 8, 8, 8, 2, 2)), source, "tiny", "")
+
+
+def test_an_empty_file_is_no_weights(tmp_path):
+    (tmp_path / "base.pt").touch()
+    with pytest.raises(UserError, match=r"base.pt: could not be read as plain tensors|is no file of plain"):
+        load_base(GPT2LMModel(GPT2Config(7, 8, 8, 8, 2, 2)), str(tmp_path / "base.pt"), "tiny", "")

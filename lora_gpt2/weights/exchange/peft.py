@@ -106,14 +106,10 @@ def read(folder: Path, base: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]
         raise UserError(folder / CONFIG_FILE, "describes no LoRA adapter", do)
     _refuse_other_kinds(folder / CONFIG_FILE, settings)
     layers = _layers(folder / WEIGHTS_FILE, do)
-    own = {f"h.{i}.{kind}" for i in range(base.config.n_layer) for kind in TARGETS.values()}
-    adapted = {name: parts for name, parts in layers.items() if parts.keys() - {"bias"}}
-    needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if settings.get("use_dora") else set())
-    for name, parts in adapted.items():
-        if lacking := sorted(needed - parts.keys()):
-            raise UserError(folder / WEIGHTS_FILE, f"has no {lacking[0]} of {name}", do)
-    if foreign := [name for name in adapted if name not in own] or (not adapted and ["no LoRA at all"]):
-        raise UserError(folder / WEIGHTS_FILE, f"adapts {foreign[0]}, which is no layer of this GPT-2", do)
+    try:
+        adapted = _adapted(layers, base.config, bool(settings.get("use_dora")))
+    except ValueError as error:
+        raise UserError(folder / WEIGHTS_FILE, str(error), do) from None
     enable = _structure(adapted, base, settings.get("use_dora", False))
     weights = base.weights()
     tensors: dict[str, Tensor] = {}
@@ -137,17 +133,37 @@ def read(folder: Path, base: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]
                 raise UserError(folder / WEIGHTS_FILE, f"has a bias of {name}, which does not fit", do)
             tensors[f"transformer.{name}.lora_bias"] = parts["bias"] - weights[key]
     has_bias = any(name.endswith("lora_bias") for name in tensors)
-    config = with_lora(
-        base.config,
-        {
-            name: LayerLora(ranks[name], alphas[name], enable if "c_attn" in name else [True])
-            for name in ranks
-        },
-        lora_dropout=float(settings.get("lora_dropout", 0)),
-        lora_dora=bool(settings.get("use_dora", False)),
-        lora_bias=settings.get("bias", "none") if has_bias else "none",
-    )
+    found = {
+        name: LayerLora(ranks[name], alphas[name], enable if "c_attn" in name else [True]) for name in ranks
+    }
+    try:
+        config = with_lora(
+            base.config,
+            found,
+            lora_dropout=float(settings.get("lora_dropout", 0)),
+            lora_dora=bool(settings.get("use_dora", False)),
+            lora_bias=settings.get("bias", "none") if has_bias else "none",
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(folder / CONFIG_FILE, f"has settings that do not fit: {error}", do) from None
     return config, tensors
+
+
+def _adapted(
+    layers: Mapping[str, dict[str, Tensor]], config: GPT2Config, dora: bool
+) -> dict[str, dict[str, Tensor]]:
+    """The layers that have an update. Raises ValueError unless each is whole and there are some."""
+    own = {f"h.{i}.{kind}" for i in range(config.n_layer) for kind in TARGETS.values()}
+    adapted = {name: parts for name, parts in layers.items() if parts.keys() - {"bias"}}
+    needed = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if dora else set())
+    for name, parts in adapted.items():
+        if name not in own:
+            raise ValueError(f"adapts {name}, which is no layer of this GPT-2")
+        if lacking := sorted(needed - parts.keys()):
+            raise ValueError(f"has no {lacking[0]} of {name}")
+    if not adapted:
+        raise ValueError("adapts no layer")
+    return adapted
 
 
 def _refuse_other_kinds(path: Path, settings: Mapping[str, Any]) -> None:
@@ -182,18 +198,24 @@ def _layers(path: Path, do: str) -> dict[str, dict[str, Tensor]]:
 
 
 def _scaling(settings: Mapping[str, Any], name: str, rank: int) -> float:
-    """alpha / r by PEFT's rule: a pattern fits where it is the end of the module's name."""
-    patterns = settings.get("alpha_pattern") or {}
+    """alpha / r of a layer; `rank` is that of its A. Raises UserError where the settings say otherwise."""
+    said, alpha = (_setting(settings, key, name) for key in ("r", "lora_alpha"))
+    if said != rank or not 0 < alpha < math.inf:
+        what = f"says rank {said:g} and alpha {alpha:g} for {name}, the weights have rank {rank}"
+        raise UserError(CONFIG_FILE, what, "give the files of one adapter")
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") is True else rank)
+
+
+def _setting(settings: Mapping[str, Any], key: str, name: str) -> float:
+    """By PEFT's rule: a pattern fits where it is the end of the module's name."""
     try:
+        patterns = settings.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
         fitting = [
-            value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", f"transformer.{name}")
+            value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", f"transformer.{name}")
         ]
-    except re.error as error:
-        raise UserError(
-            CONFIG_FILE, f"has an alpha_pattern that is no expression ({error})", "mend it"
-        ) from None
-    alpha = float(fitting[0] if fitting else settings.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        return float(fitting[0] if fitting else settings.get(key, 8))
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise UserError(CONFIG_FILE, f"has a {key} that cannot be read ({error})", "mend it") from None
 
 
 def _structure(layers: Mapping[str, Mapping[str, Tensor]], base: GPT2LMModel, dora: bool) -> list[bool]:

@@ -27,8 +27,14 @@ def write(path: Path, model: GPT2LMModel, everything: bool = False) -> tuple[int
     plain = {name.rpartition(".")[2] for name in tensors} == {"lora_A", "lora_B"}
     fits = plain and len(kinds) == 1 and len(blocks) == len(config.lora_layers) == config.n_layer
     if not fits or "c_attn" in config.lora_targets or not config.bias:
-        what = "the published scripts know one rank and alpha on q, k and v alone"
-        raise UserError(path, what, "export for peft, or merge")
+        reasons = {
+            "the model has no biases": not config.bias,
+            "it is DoRA": config.lora_dora,
+            "it trains biases": config.lora_bias != "none",
+        }
+        reason = next((reason for reason, true in reasons.items() if true), "it has others")
+        what = f"the published scripts know one rank and alpha on q, k and v alone; {reason}"
+        raise UserError(path, what, "merge it, or export it for peft" if config.bias else "merge it")
     if everything:
         base = {name: value for name, value in model.weights().items() if not is_lora(name)}
         tensors = {**base, **tensors, "lm_head.decoder.weight": model.weights()[TOKEN_TABLE]}
