@@ -101,10 +101,12 @@ def checkpoint_file(resume: str | None) -> str | None:
     if not path.is_file():
         raise UserError(path, "there is no such file", "give the folder of a run or one of its .ckpt files")
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises several kinds for a damaged file
         what = f"is not a whole checkpoint ({str(error).split('.')[0]})"
         raise UserError(path, what, "resume from another checkpoint of the run, or train again") from None
+    if "state_dict" not in held or "optimizer_states" not in held:
+        raise UserError(path, "holds no state of a run", "give the run's folder or one of its .ckpt files")
     return str(path)
 
 

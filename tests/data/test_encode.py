@@ -49,7 +49,7 @@ def test_meta_says_what_was_encoded(tmp_path, raw):
     meta = encode_corpus("e2e", raw, "corpus:280", tmp_path / "out")
     assert meta == json.loads((tmp_path / "out/meta.json").read_text())
     tokenizer = load_tokenizer(str(tmp_path / "out/tokenizer"))
-    assert (meta["format"], meta["corpus"]) == (1, "e2e")
+    assert (meta["format"], meta["corpus"]) == (2, "e2e")
     assert meta["tokenizer"] == {
         "source": "corpus:280",
         "vocab_size": tokenizer.vocab_size,
@@ -158,7 +158,7 @@ def test_an_encoded_folder_is_its_own_answer(tmp_path, raw):
     with pytest.raises(UserError, match="these rows are of the corpus e2e, not webnlg"):
         encoded("webnlg", out, "gpt2", tmp_path / "cache")
     (out / "meta.json").write_text('{"format": 0}')
-    with pytest.raises(UserError, match="the format 1 was expected; encode the corpus again"):
+    with pytest.raises(UserError, match="the format 2 was expected; encode the corpus again"):
         encoded("jsonl", out, "gpt2", tmp_path / "cache")
 
 
