@@ -1,16 +1,19 @@
-"""Beam search over any model that can take a step.  Q queries, K beams, V vocabulary.
+"""Beam search and sampling over any model that gives logits.
 
-Knows no tokenizer, file, model or device: only a function from the beams' last tokens to logits.
+Knows no tokenizer, file, model or device: functions from one state of Q queries, each at its own length, to
+the next, so that queries may come and go. K beams, V vocabulary, L longest output, N outputs kept.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora_gpt2.decoding.config import DecodingSettings
+from lora_gpt2.decoding.config import DecodingSettings, Dialect, EarlyStopping, Strategy
 from lora_gpt2.decoding.rules import forbid, forbid_repeated_ngrams, penalise_repetition
+from lora_gpt2.decoding.choices import chances, drawn, log_partition, top
 
 
 class Hypothesis(NamedTuple):
@@ -18,94 +21,224 @@ class Hypothesis(NamedTuple):
     """The output, end token included."""
     score: float
     """Sum of log-probabilities / length ** length_penalty."""
-
-
-class Step(Protocol):
-    """One step of the model for all living beams.
-
-    `queries` (Q') are the surviving rows of the previous call (of the first logits at the first one),
-    `parents` (Q', K) the beam of the previous step that each beam goes on from, `tokens` (Q', K) what
-    it was given. Returns logits (Q' * K, V).
-    """
-
-    def __call__(self, queries: Tensor, parents: Tensor, tokens: Tensor) -> Tensor: ...
+    log_probs: list[float]
+    """Of each token, after the rules."""
 
 
 @dataclass
-class _Best:
-    """The best finished hypothesis of each query so far."""
+class Beams:
+    """What is alive, and the N best that are finished."""
 
-    scores: Tensor  # (Q,)
-    outputs: list[list[int]]
+    said: Tensor  # (Q, S) right-aligned: what counts as said before the output
+    said_lengths: Tensor  # (Q,)
+    chances: Tensor  # (Q, K, L) uniform, of sampling
+    lengths: Tensor  # (Q,) tokens so far
+    running: Tensor  # (Q, K) sums of log-probabilities; -inf: not alive
+    tokens: Tensor  # (Q, K, L)
+    log_probs: Tensor  # (Q, K, L)
+    best_scores: Tensor  # (Q, N) descending; -inf: none yet
+    best_lengths: Tensor  # (Q, N)
+    best_tokens: Tensor  # (Q, N, L)
+    best_log_probs: Tensor  # (Q, N, L)
 
-    def offer(self, query_ids: Tensor, scores: Tensor, history: Tensor) -> None:
-        """`scores` (Q', K) of finished beams, -inf elsewhere; their tokens `history` (Q', K, L)."""
-        score, beam = scores.max(dim=1)
-        for i in (score > self.scores[query_ids]).nonzero().flatten().tolist():
-            query = int(query_ids[i])
-            self.scores[query] = score[i]
-            self.outputs[query] = history[i, beam[i]].tolist()
+    def keep(self, rows: Tensor) -> "Beams":
+        """The queries `rows` alone, in this order."""
+        return Beams(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+    def put(self, rows: Tensor, others: "Beams") -> None:
+        """`others` replace the queries `rows`."""
+        for field in fields(self):
+            getattr(self, field.name)[rows] = getattr(others, field.name)
+
+    def hypotheses(self, row: int, count: int) -> list[Hypothesis]:
+        """The best outputs of a query, best first; an empty one where all was forbidden."""
+        found = []
+        for i, score in enumerate(self.best_scores[row, :count].tolist()):
+            length = int(self.best_lengths[row, i])
+            tokens, log_probs = self.best_tokens[row, i, :length], self.best_log_probs[row, i, :length]
+            if score > -torch.inf or i == 0:
+                found.append(Hypothesis(tokens.tolist(), score, log_probs.tolist()))
+        return found
 
 
-@torch.inference_mode()
-def beam_search(
-    logits: Tensor, step: Step, settings: DecodingSettings, end_tokens: list[int]
-) -> list[Hypothesis]:
-    """The best output of each query, from the `logits` (Q, V) behind its context.
+class _Choice(NamedTuple):
+    """Continuations, (Q, M) each."""
 
-    The published implementation's algorithm: of all K * V continuations the K best survive; one that
-    ends leaves its beam dead and competes by score; at `eval_len` tokens the living ones compete too.
-    A query stops as soon as no living beam can still win, which changes no result: log-probabilities
-    are at most 0, so a beam's best possible score is known (`_bound`).
+    parents: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+    running: Tensor
+
+    def at(self, columns: Tensor) -> "_Choice":
+        return _Choice(*(x.gather(1, columns) for x in self))
+
+
+class Search:
+    """One step at a time.
+
+    `dialect=reference` is the published implementation's algorithm: of all K * V continuations the K best
+    survive; one that ends leaves its beam dead and competes by score; at `eval_len` tokens the living ones
+    compete too. A query is done as soon as no living beam can still win, which changes no result:
+    log-probabilities are at most 0, so a beam's best possible score is known.
     """
-    count, vocab = logits.shape
-    beams = settings.beam_size
-    if beams > vocab:
-        raise ValueError(f"beam_size {beams} is larger than the vocabulary of {vocab}")
-    device = logits.device
-    ends = torch.tensor(end_tokens, device=device)
-    best = _Best(torch.full((count,), -torch.inf, device=device), [[] for _ in range(count)])
-    query_ids = torch.arange(count, device=device)
-    history = torch.empty(count, 1, 0, dtype=torch.long, device=device)  # (Q, K, L)
-    running = torch.zeros(count, 1, device=device)  # (Q, K) sums of log-probabilities
 
-    for length in range(1, settings.eval_len + 1):
-        log_probs = _log_probs(logits, history.flatten(0, 1), settings, end_tokens)
-        candidates = running[..., None] + log_probs.view(*running.shape, vocab)  # (Q, K, V)
-        running, chosen = candidates.flatten(1).topk(beams, dim=1)  # (Q, K)
-        parents, tokens = chosen // vocab, chosen % vocab
-        history = torch.cat((history.gather(1, _as_index(parents, history)), tokens[..., None]), dim=2)
+    def __init__(
+        self, settings: DecodingSettings, end_tokens: list[int], device: torch.device, context_size: int
+    ) -> None:
+        """`context_size`: tokens of the longest context."""
+        self.settings, self.device = settings, device
+        self.hf = settings.dialect is Dialect.hf
+        self.said_size = context_size if self.hf else 0
+        self.candidates = settings.beam_size * (max(2, 1 + len(end_tokens)) if self.hf else 1)
+        self.ends = torch.tensor(end_tokens, device=device)
+        lengths = range(1, settings.eval_len + 1)
+        self.norms = torch.tensor([0.0, *(n**settings.length_penalty for n in lengths)], device=device)
 
-        finished = torch.isin(tokens, ends)
-        scores = running / length**settings.length_penalty
-        competing = scores if length == settings.eval_len else scores.masked_fill(~finished, -torch.inf)
-        best.offer(query_ids, competing, history)
-        running = running.masked_fill(finished, -torch.inf)
+    def start(self, numbers: Sequence[int], contexts: Sequence[Sequence[int]], beams: int = 1) -> Beams:
+        """Queries with `beams` empty beams each, the first alive; `numbers` seed their samples."""
+        count, longest, device = len(numbers), self.settings.eval_len, self.device
+        kept = self.settings.beam_size if self.hf else self.settings.n_best
+        said = torch.zeros(count, self.said_size, dtype=torch.long)
+        for row, context in enumerate(contexts if self.hf else ()):
+            said[row, self.said_size - len(context) :] = torch.tensor(context)
+        said_lengths = torch.tensor([len(context) if self.hf else 0 for context in contexts])
+        running = torch.full((count, beams), -torch.inf)
+        running[:, 0] = 0
+        return Beams(
+            said=said.to(device),
+            said_lengths=said_lengths.to(device),
+            chances=chances(self.settings, numbers).to(device),
+            lengths=torch.zeros(count, dtype=torch.long, device=device),
+            running=running.to(device),
+            tokens=torch.zeros(count, beams, longest, dtype=torch.long, device=device),
+            log_probs=torch.zeros(count, beams, longest, device=device),
+            best_scores=torch.full((count, kept), -torch.inf, device=device),
+            best_lengths=torch.zeros(count, kept, dtype=torch.long, device=device),
+            best_tokens=torch.zeros(count, kept, longest, dtype=torch.long, device=device),
+            best_log_probs=torch.zeros(count, kept, longest, device=device),
+        )
 
-        hope = _bound(running.amax(dim=1), length, settings)
-        alive = (best.scores[query_ids] < hope).nonzero().flatten()
-        if length == settings.eval_len or not len(alive):
-            break
-        query_ids, running, history = query_ids[alive], running[alive], history[alive]
-        parents, tokens = parents[alive], tokens[alive]
-        logits = step(alive, parents, tokens)
-    return [Hypothesis(*pair) for pair in zip(best.outputs, best.scores.tolist(), strict=True)]
+    def extend(self, beams: Beams, logits: Tensor) -> tuple[Beams, Tensor]:
+        """Adds a token to each beam: by `logits` (Q * K, V), the beams' next state and parents (Q, K).
+
+        `logits` are overwritten. Raises ValueError when there are fewer tokens than are to be chosen.
+        """
+        if self.candidates > logits.size(1):
+            what = f"beam_size {self.settings.beam_size} is larger than the vocabulary of"
+            raise ValueError(f"{what} {logits.size(1)}" + " allows" * self.hf)
+        if self.settings.strategy is Strategy.sample:
+            choice = self._drawn(beams, logits)
+        else:
+            choice = self._best(beams, logits)
+        after = replace(beams, lengths=beams.lengths + 1)
+        last = (after.lengths == self.settings.eval_len)[:, None]
+        width = self.settings.beam_size
+        ended = torch.isin(choice.tokens, self.ends)
+        competing = (ended | last)[:, :width]
+        if competing.any():
+            self._offer(after, beams, choice, competing)
+        if self.hf:  # as many living beams however many have ended
+            order = (choice.running.masked_fill(ended, -torch.inf)).sort(dim=1, descending=True, stable=True)
+            choice, ended = choice.at(order.indices[:, :width]), ended.gather(1, order.indices[:, :width])
+        after.running = choice.running.masked_fill(ended, -torch.inf)
+        after.tokens, after.log_probs = _extended(beams, choice)
+        return after, choice.parents
+
+    def done(self, beams: Beams) -> Tensor:
+        """(Q,) whether the outputs are final."""
+        longest, worst = self.settings.eval_len, beams.best_scores[:, -1]
+        stopping = self.settings.early_stopping
+        if self.hf and (stopping is not EarlyStopping.never or self.settings.length_penalty <= 0):
+            best = beams.lengths
+        elif self.settings.length_penalty > 0:
+            best = torch.full_like(beams.lengths, longest)
+        else:
+            best = (beams.lengths + 1).clamp(max=longest)
+        done = (beams.lengths == longest) | (worst >= beams.running.amax(dim=1) / self.norms[best])
+        return done | (worst > -torch.inf) if self.hf and stopping is EarlyStopping.first else done
+
+    def _best(self, beams: Beams, logits: Tensor) -> _Choice:
+        """The best continuations of each query, best first."""
+        queries, alive = beams.running.shape
+        scores = logits.float()
+        if self.hf:  # transformers applies its rules to log-probabilities
+            scores = scores.log_softmax(dim=1)
+        self._apply_rules(beams, scores)
+        log_probs, tokens = top(scores, self.candidates)
+        if not self.hf:
+            largest = log_probs[:, :1]
+            log_probs = log_probs - largest - log_partition(scores, largest)
+        log_probs = log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # nan: all was forbidden
+        log_probs, tokens = log_probs.view(queries, alive, -1), tokens.view(queries, alive, -1)
+        groups, chosen = self.settings.beam_groups, []
+        for group in range(groups):
+            members = slice(group * alive // groups, max(1, (group + 1) * alive // groups))
+            chosen.append(self._best_of(beams, log_probs, tokens, members, chosen))
+        return _Choice(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True)))
+
+    def _best_of(
+        self, beams: Beams, log_probs: Tensor, tokens: Tensor, members: slice, earlier: list[_Choice]
+    ) -> _Choice:
+        """The best continuations (Q, M / groups) of the beams `members`, given what other groups chose."""
+        count = log_probs.size(2)
+        log_probs, tokens = log_probs[:, members], tokens[:, members].flatten(1)
+        running = (beams.running[:, members, None] + log_probs).flatten(1)  # (Q, members * M)
+        worth = running
+        for choice in earlier:
+            same = tokens[:, :, None] == choice.tokens[:, None]  # (Q, members * M, M / groups)
+            worth = worth - self.settings.diversity_penalty * same.sum(dim=2)
+        order = worth.sort(dim=1, descending=True, stable=True).indices
+        order = order[:, : count // self.settings.beam_groups]
+        parents = order // count + members.start
+        return _Choice(parents, *(x.gather(1, order) for x in (tokens, log_probs.flatten(1), running)))
+
+    def _drawn(self, beams: Beams, logits: Tensor) -> _Choice:
+        """One continuation of each beam, by chance."""
+        queries, alive = beams.running.shape
+        count = self.settings.beam_size
+        scores = logits.float()
+        self._apply_rules(beams, scores)
+        scores = scores.view(queries, alive, -1).expand(-1, count, -1)
+        at = beams.lengths[:, None, None].clamp(max=self.settings.eval_len - 1).expand(-1, count, 1)
+        uniform = beams.chances.gather(2, at)
+        log_probs, tokens = drawn(scores.flatten(0, 1), uniform.flatten(), self.settings)
+        log_probs, tokens = log_probs.view(queries, count), tokens.view(queries, count)
+        parents = torch.arange(count, device=self.device).clamp(max=alive - 1).expand(queries, -1)
+        return _Choice(parents, tokens, log_probs, beams.running.gather(1, parents) + log_probs)
+
+    def _apply_rules(self, beams: Beams, scores: Tensor) -> None:
+        alive, stops = beams.running.size(1), self.said_size + beams.lengths
+        said = beams.said[:, None].expand(-1, alive, -1)
+        history = torch.cat((said, beams.tokens[..., : int(beams.lengths.max())]), dim=2).flatten(0, 1)
+        starts = (self.said_size - beams.said_lengths).repeat_interleave(alive)
+        stops = stops.repeat_interleave(alive)
+        penalise_repetition(scores, history, starts, stops, self.settings.repetition_penalty)
+        if self.settings.min_length:
+            short = beams.lengths < self.settings.min_length
+            forbid(scores, short.repeat_interleave(alive), self.ends)
+        forbid_repeated_ngrams(scores, history, starts, stops, self.settings.no_repeat_ngram_size)
+
+    def _offer(self, after: Beams, before: Beams, choice: _Choice, competing: Tensor) -> None:
+        """Lets the first continuations compete where `competing` (Q, K) says so."""
+        choice = _Choice(*(x[:, : competing.size(1)] for x in choice))
+        scores = choice.running / self.norms[after.lengths][:, None]
+        scores = torch.cat((before.best_scores, scores.masked_fill(~competing, -torch.inf)), dim=1)
+        order = scores.sort(dim=1, descending=True, stable=True).indices[:, : before.best_scores.size(1)]
+        lengths = after.lengths[:, None].expand_as(competing)
+        tokens, log_probs = _extended(before, choice)
+        after.best_scores = scores.gather(1, order)
+        after.best_lengths = torch.cat((before.best_lengths, lengths), dim=1).gather(1, order)
+        after.best_tokens = _rows(torch.cat((before.best_tokens, tokens), dim=1), order)
+        after.best_log_probs = _rows(torch.cat((before.best_log_probs, log_probs), dim=1), order)
 
 
-def _log_probs(logits: Tensor, history: Tensor, settings: DecodingSettings, end_tokens: list[int]) -> Tensor:
-    """Log-softmax after the rules: (N, V), (N, L) -> (N, V) in float32."""
-    logits = penalise_repetition(logits.float(), history, settings.repetition_penalty)
-    if history.size(1) < settings.min_length:
-        logits = forbid(logits, end_tokens)
-    logits = forbid_repeated_ngrams(logits, history, settings.no_repeat_ngram_size)
-    return logits.log_softmax(dim=-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # nan: all forbidden
+def _extended(beams: Beams, choice: _Choice) -> tuple[Tensor, Tensor]:
+    """Tokens and log-probabilities (Q, M, L) of the continuations."""
+    last = beams.lengths[:, None, None].expand(*choice.tokens.shape, 1)
+    tokens = _rows(beams.tokens, choice.parents).scatter_(2, last, choice.tokens[..., None])
+    log_probs = _rows(beams.log_probs, choice.parents).scatter_(2, last, choice.log_probs[..., None])
+    return tokens, log_probs
 
 
-def _bound(running: Tensor, length: int, settings: DecodingSettings) -> Tensor:
-    """The best score that beams with these sums (Q,) of `length` tokens can still reach."""
-    last = settings.eval_len if settings.length_penalty > 0 else min(length + 1, settings.eval_len)
-    return running / last**settings.length_penalty
-
-
-def _as_index(parents: Tensor, history: Tensor) -> Tensor:
-    return parents[..., None].expand(-1, -1, history.size(2))
+def _rows(sequences: Tensor, rows: Tensor) -> Tensor:
+    return sequences.gather(1, rows[..., None].expand(-1, -1, sequences.size(2)))

@@ -1,41 +1,136 @@
-"""Beam search on a GPT-2: the contexts run once, their keys and values are shared by all beams."""
+"""Decoding on a GPT-2: contexts run once, and queries come and go while the others go on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_gpt2.decoding.beam import Hypothesis, beam_search
+from lora_gpt2.decoding.beam import Hypothesis, Search
 from lora_gpt2.decoding.config import DecodingSettings
-from lora_gpt2.model.cache import PrefixCache
+from lora_gpt2.model.cache import BeamTree, RowCache
 from lora_gpt2.model.language_model import GPT2LMModel
 
 
-@torch.inference_mode()
 def decode(
     model: GPT2LMModel, contexts: Sequence[Sequence[int]], settings: DecodingSettings, end_tokens: list[int]
-) -> list[Hypothesis]:
-    """The best output of each context, whatever else is in the batch. `model` is in eval mode.
+) -> list[list[Hypothesis]]:
+    """The best outputs of each context, best first, whatever else is decoded. `model` is in eval mode.
 
     Raises ValueError when a context and `eval_len` together exceed the model's positions.
     """
-    longest = max(map(len, contexts))
-    if longest + settings.eval_len > model.config.n_ctx:
-        what = f"a context of {longest} tokens and eval_len {settings.eval_len}"
-        raise ValueError(f"{what} exceed the model's {model.config.n_ctx} positions")
-    device = model.transformer.wte.weight.device
-    lengths = torch.tensor([len(context) for context in contexts], device=device)
-    ids = pad_sequence([torch.tensor(context, device=device) for context in contexts], batch_first=True)
-    caches = [PrefixCache(lengths, settings.eval_len) for _ in range(model.config.n_layer)]
-    hidden = model.transformer.hidden_states(ids, caches=caches)  # (Q, S, C)
-    last = hidden[torch.arange(len(contexts), device=device), lengths - 1]
+    found = dict(decode_stream(model, enumerate(contexts), settings, end_tokens))
+    return [found[number] for number in range(len(contexts))]
 
-    def step(queries: Tensor, parents: Tensor, tokens: Tensor) -> Tensor:
-        for cache in caches:
-            cache.reorder(queries, parents)
-        positions = (caches[0].lengths + caches[0].used).repeat_interleave(tokens.size(1))
-        hidden = model.transformer.hidden_states(tokens.view(-1, 1), positions[:, None], caches)
-        return model.lm_head(hidden[:, 0])
 
-    return beam_search(model.lm_head(last), step, settings, end_tokens)
+@torch.inference_mode()
+def decode_stream(
+    model: GPT2LMModel,
+    queries: Iterable[tuple[int, Sequence[int]]],
+    settings: DecodingSettings,
+    end_tokens: list[int],
+) -> Iterator[tuple[int, list[Hypothesis]]]:
+    """(number, best outputs) of each (number, context), in the order in which they are done.
+
+    `batch_size` queries are decoded at a time; the next ones are read when there is room for them.
+    """
+    waiting = iter(queries)
+    fresh = list(islice(waiting, settings.batch_size))
+    if not fresh:
+        return
+    pool = _Pool(model, settings, end_tokens, len(fresh))
+    while fresh or pool.numbers:
+        if fresh:
+            pool.admit(fresh)
+        else:
+            pool.step()
+        yield from pool.take_done()
+        room = pool.places - len(pool.numbers)
+        enough = room * _SHARE >= pool.places
+        fresh = list(islice(waiting, room)) if enough else []
+        if enough and not fresh:
+            pool.shrink()
+
+
+_SHARE = 4
+"""New queries enter, or the pool shrinks, when one place in so many is free: either costs about a step."""
+
+
+class _Pool:
+    """The queries that are being decoded, each at its place."""
+
+    def __init__(
+        self, model: GPT2LMModel, settings: DecodingSettings, end_tokens: list[int], places: int
+    ) -> None:
+        self.model, self.places = model, places
+        self.device = model.transformer.wte.weight.device
+        self.search = Search(settings, end_tokens, self.device, model.config.n_ctx - settings.eval_len)
+        self.numbers: dict[int, int] = {}  # of the query at each taken place
+        self.contexts = torch.zeros(places, dtype=torch.long, device=self.device)  # (P,) lengths
+        self.parents = torch.zeros(places, settings.beam_size, dtype=torch.long, device=self.device)
+        self.beams = self.search.start([0] * places, [[]] * places, settings.beam_size)
+        self.tree: BeamTree | None = None
+
+    def admit(self, queries: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Runs the contexts and chooses their first tokens."""
+        free = [place for place in range(self.places) if place not in self.numbers][: len(queries)]
+        self.numbers |= zip(free, (number for number, _ in queries), strict=True)
+        places = torch.tensor(free, device=self.device)
+        lengths = torch.tensor([len(context) for _, context in queries], device=self.device)
+        self._check(int(lengths.max()))
+        rows = [torch.tensor(context, device=self.device) for _, context in queries]
+        caches = [RowCache() for _ in self.model.transformer.h]
+        hidden = self.model.transformer.hidden_states(pad_sequence(rows, batch_first=True), caches=caches)
+        presents = [cache.present for cache in caches if cache.present is not None]
+        if self.tree is None:
+            self.tree = BeamTree(len(caches), self.places, self.parents.size(1), presents[0])
+        self.tree.admit(places, lengths, presents)
+        logits = self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])
+        start = self.search.start(*zip(*queries, strict=True))
+        beams, self.parents[places] = self.search.extend(start, logits)
+        self.beams.put(places, beams)
+        self.contexts[places] = lengths
+
+    def step(self) -> None:
+        """One token more for every query."""
+        assert self.tree is not None
+        self.tree.advance(self.parents)
+        beams = self.beams
+        last = (beams.lengths - 1).clamp(min=0)
+        tokens = beams.tokens.gather(2, last[:, None, None].expand(*self.parents.shape, 1))  # (P, K, 1)
+        positions = (self.contexts + last).repeat_interleave(self.parents.size(1))[:, None]
+        hidden = self.model.transformer.hidden_states(tokens.flatten(0, 1), positions, self.tree.layers)
+        self.beams, self.parents = self.search.extend(beams, self.model.lm_head(hidden[:, 0]))
+        self._clear(place for place in range(self.places) if place not in self.numbers)
+
+    def take_done(self) -> Iterator[tuple[int, list[Hypothesis]]]:
+        """Numbers and outputs of the queries that are done; their places become free."""
+        done = self.search.done(self.beams).tolist()
+        places = [place for place in self.numbers if done[place]]
+        for place in places:
+            yield self.numbers.pop(place), self.beams.hypotheses(place, self.search.settings.n_best)
+        self._clear(places)
+
+    def shrink(self) -> None:
+        """Gives up the free places."""
+        places = list(self.numbers)
+        rows = torch.tensor(places, dtype=torch.long, device=self.device)
+        self.numbers = {row: self.numbers[place] for row, place in enumerate(places)}
+        self.places, self.beams = len(places), self.beams.keep(rows)
+        self.contexts, self.parents = self.contexts[rows], self.parents[rows]
+        if self.tree is not None:
+            self.tree.keep(rows)
+
+    def _clear(self, places: Iterable[int]) -> None:
+        """What is at these places is over: it goes along with every step, but reads nothing."""
+        rows = torch.tensor(list(places), dtype=torch.long, device=self.device)
+        self.beams.lengths[rows] = 0
+        if self.tree is not None:
+            self.tree.sees[rows] = False
+
+    def _check(self, longest: int) -> None:
+        positions, eval_len = self.model.config.n_ctx, self.search.settings.eval_len
+        if longest + eval_len > positions:
+            what = f"a context of {longest} tokens and eval_len {eval_len}"
+            raise ValueError(f"{what} exceed the model's {positions} positions")

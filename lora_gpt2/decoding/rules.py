@@ -1,31 +1,43 @@
-"""Changes to the logits before a choice.  N beams, V vocabulary, L tokens generated so far."""
+"""Changes to scores before a choice, in place.
+
+N beams, V vocabulary. What counts as said is `history` (N, L) from `starts` to before `stops`, (N,) each.
+"""
 
 import torch
 from torch import Tensor
 
 
-def penalise_repetition(logits: Tensor, history: Tensor, penalty: float) -> Tensor:
-    """Tokens of `history` (N, L) have their logit (N, V) divided by `penalty` if >= 0, else multiplied.
+def penalise_repetition(scores: Tensor, history: Tensor, starts: Tensor, stops: Tensor, penalty: float) -> None:
+    """Tokens of `history` have their score (N, V) divided by `penalty` if >= 0, else multiplied.
 
-    Keskar et al. 2019 (CTRL), with the sign rule that makes it a penalty for negative logits too.
+    Keskar et al. 2019 (CTRL), with the sign rule that makes it a penalty for negative scores too.
     """
-    if penalty == 1 or not history.size(1):
-        return logits
-    seen = logits.gather(1, history)
-    return logits.scatter(1, history, torch.where(seen >= 0, seen / penalty, seen * penalty))
+    said = starts < stops
+    if penalty == 1 or not said.any():
+        return
+    places = torch.arange(history.size(1), device=history.device)
+    real = (starts[:, None] <= places) & (places < stops[:, None])
+    some = history.gather(1, (stops - 1).clamp(min=0)[:, None])  # stands in for what is not real
+    tokens = torch.where(real, history, some)
+    before = scores.gather(1, tokens)
+    after = torch.where(before >= 0, before / penalty, before * penalty)
+    scores.scatter_(1, tokens, torch.where(said[:, None], after, before))
 
 
-def forbid(logits: Tensor, tokens: list[int]) -> Tensor:
-    """The columns `tokens` become -inf."""
-    return logits.index_fill(1, torch.tensor(tokens, device=logits.device), -torch.inf)
+def forbid(scores: Tensor, rows: Tensor, tokens: Tensor) -> None:
+    """The columns `tokens` of those `rows` (N,) that are true become -inf."""
+    if rows.any():
+        scores[:, tokens] = scores[:, tokens].masked_fill(rows[:, None], -torch.inf)
 
 
-def forbid_repeated_ngrams(logits: Tensor, history: Tensor, size: int) -> Tensor:
-    """Tokens that would complete an n-gram of `size` that `history` (N, L) already holds become -inf."""
+def forbid_repeated_ngrams(scores: Tensor, history: Tensor, starts: Tensor, stops: Tensor, size: int) -> None:
+    """Tokens that would complete an n-gram of `size` that `history` already holds become -inf."""
     if size == 0 or history.size(1) < size:
-        return logits
+        return
     ngrams = history.unfold(1, size, 1)  # (N, L - size + 1, size)
-    last = history[:, history.size(1) - size + 1 :]  # (N, size - 1)
-    repeats = (ngrams[..., :-1] == last[:, None]).all(dim=-1)
-    change = torch.where(repeats, -torch.inf, 0.0).to(logits.dtype)
-    return logits.scatter_add(1, ngrams[..., -1], change)
+    first = torch.arange(ngrams.size(1), device=history.device)
+    whole = (starts[:, None] <= first) & (first + size <= stops[:, None])
+    last = (stops - size + 1)[:, None] + torch.arange(size - 1, device=history.device)
+    last = history.gather(1, last.clamp(min=0))  # (N, size - 1)
+    repeats = whole & (ngrams[..., :-1] == last[:, None]).all(dim=-1)
+    scores.scatter_add_(1, ngrams[..., -1], torch.where(repeats, -torch.inf, 0.0).to(scores.dtype))

@@ -1,12 +1,14 @@
 """Keys and values that attention has seen already, in two shapes: one per row, or shared by beams.
 
-B rows, H heads, T new tokens, S cached tokens, D head size; Q queries, K beams of each.
+B rows, H heads, T new tokens, S cached tokens, D head size.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lora_gpt2.model.attention import attend, causal_attention
 
@@ -52,50 +54,76 @@ class RowCache:
         return attend(q, self.past[0], self.past[1], seen, p)
 
 
-class PrefixCache:
-    """Keys and values of Q contexts, held once, and of the tokens that K beams add to each of them.
+class BeamTree:
+    """Keys and values of contexts and of the tokens that the beams of each descend from.
 
-    First call (the contexts, right-padded to S): rows are queries. Later calls: one token for each beam,
-    rows are queries times beams. `lengths` (Q,) are the contexts' real lengths.
+    P places, one query in each; K beams; S slots of a place, each the keys and values of one token. All
+    beams of a query read the same row of slots, each those it descends from: the context's, once, and its
+    own tokens'. A slot that no beam descends from any more is given to the next token. So nothing is ever
+    moved, and memory grows with what is alive. ``layers`` are the caches of the model's attention layers.
     """
 
-    def __init__(self, lengths: Tensor, new_tokens: int) -> None:
-        self.lengths, self.new_tokens = lengths, new_tokens
-        self.prefix: Tensor | None = None  # (2, Q, H, S, D)
-        self.added = torch.empty(0)  # (2, Q, K, H, new_tokens, D)
-        self.used = 0
+    def __init__(self, layers: int, places: int, beams: int, like: Tensor) -> None:
+        """`like` (2, B, H, T, D): any keys and values, for their sizes, type and device."""
+        self.sees = torch.zeros(places, beams, 0, dtype=torch.bool, device=like.device)  # (P, K, S)
+        self.layers = [BeamLayer(places, like) for _ in range(layers)]
+
+    def admit(self, places: Tensor, lengths: Tensor, presents: Sequence[Tensor]) -> None:
+        """Contexts of `lengths` (N,) take `places` (N,); `presents`: each layer's (2, N, H, T, D)."""
+        size = presents[0].size(3)
+        self._grow(size)
+        slots = torch.arange(self.sees.size(2), device=lengths.device)
+        self.sees[places] = (slots < lengths[:, None])[:, None]
+        for layer, present in zip(self.layers, presents, strict=True):
+            layer.table[:, places, :, :size] = present
+
+    def advance(self, parents: Tensor) -> None:
+        """Beam k goes on from beam parents[:, k] (P, K), and its next token gets a slot."""
+        self.sees = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.size(2)))
+        free = ~self.sees.any(dim=1)  # (P, S)
+        self._grow(self.sees.size(2) + parents.size(1) - int(free.sum(dim=1).min()))
+        free = ~self.sees.any(dim=1)
+        slots = free.sort(dim=1, descending=True, stable=True).indices[:, : parents.size(1)]  # (P, K)
+        self.sees.scatter_(2, slots[..., None], True)
+        reach = int(self.sees.any(dim=1).any(dim=0).nonzero()[-1]) + 1
+        for layer in self.layers:
+            layer.slots = slots
+            layer.sees = self.sees[..., :reach]
+
+    def keep(self, places: Tensor) -> None:
+        """Only `places` (P',) stay, in this order."""
+        self.sees = self.sees[places]
+        for layer in self.layers:
+            layer.table = layer.table[:, places]
+
+    def _grow(self, slots: int) -> None:
+        """Makes room for `slots` in each place, with some to spare."""
+        more = max(slots, self.sees.size(2) * 5 // 4) - self.sees.size(2)
+        if slots > self.sees.size(2):
+            self.sees = F.pad(self.sees, (0, more))
+            for layer in self.layers:
+                layer.table = F.pad(layer.table, (0, 0, 0, more))
+
+
+class BeamLayer:
+    """One layer's keys and values in a `BeamTree`."""
+
+    def __init__(self, places: int, like: Tensor) -> None:
+        self.table = like.new_zeros(2, places, like.size(2), 0, like.size(4))  # (2, P, H, S, D)
+        self.slots = self.sees = torch.empty(0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+        """One token for each beam, q, k, v (P * K, H, 1, D)."""
         assert p == 0, "beams are decoded in eval mode"
-        if self.prefix is None:
-            self.prefix = torch.stack((k, v))
-            return causal_attention(q, k, v)
-        queries, heads, size, width = *self.prefix.shape[1:4], q.size(-1)
-        beams = q.size(0) // queries
-        if self.used == 0:
-            self.added = k.new_zeros(2, queries, beams, heads, self.new_tokens, width)
-        self.added[0, ..., self.used, :] = k.view(queries, beams, heads, width)
-        self.added[1, ..., self.used, :] = v.view(queries, beams, heads, width)
-        self.used += 1
-        added = self.added[..., : self.used, :]
-
-        q = q.view(queries, beams, heads, 1, width) * width**-0.5
-        q_prefix = q.squeeze(3).transpose(1, 2)  # (Q, H, K, D)
-        pad = torch.arange(size, device=q.device) >= self.lengths[:, None]  # (Q, S)
-        on_prefix = (q_prefix @ self.prefix[0].transpose(-2, -1)).masked_fill(pad[:, None, None], -torch.inf)
-        on_added = (q @ added[0].transpose(-2, -1)).squeeze(3).transpose(1, 2)  # (Q, H, K, used)
-        weights = torch.cat((on_prefix, on_added), dim=-1).float().softmax(dim=-1).to(q.dtype)
-        out = weights[..., :size] @ self.prefix[1]  # (Q, H, K, D)
-        out = out.transpose(1, 2) + (weights[..., size:].transpose(1, 2).unsqueeze(3) @ added[1]).squeeze(3)
-        return out.reshape(queries * beams, heads, 1, width)
-
-    def reorder(self, queries: Tensor, parents: Tensor) -> None:
-        """Keeps the queries (Q',) and, for each, lets beam k go on from beam parents[:, k] (Q', K)."""
-        assert self.prefix is not None
-        if queries.numel() != self.lengths.numel():
-            self.prefix, self.lengths = self.prefix[:, queries], self.lengths[queries]
-        if self.used:
-            self.added[:, : queries.numel(), :, :, : self.used] = self.added[
-                :, queries[:, None], parents, :, : self.used
-            ]
-            self.added = self.added[:, : queries.numel()]
+        _, places, heads, slots, width = self.table.shape
+        beams = self.slots.size(1)
+        first = torch.arange(places * heads, device=q.device).view(places, heads, 1) * slots
+        rows = (first + self.slots[:, None]).flatten()  # (P * H * K,)
+        q, k, v = (x.view(places, beams, heads, width).transpose(1, 2) for x in (q, k, v))
+        for table, new in zip(self.table, (k, v), strict=True):
+            table.view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
+        keys, values = self.table[..., : self.sees.size(2), :].flatten(1, 2)  # (P * H, S', D) each
+        weights = (q * width**-0.5).reshape(-1, beams, width) @ keys.transpose(1, 2)  # (P * H, K, S')
+        weights = weights.view(places, heads, beams, -1).masked_fill_(~self.sees[:, None], -torch.inf)
+        out = weights.softmax(dim=-1).flatten(0, 1) @ values  # (P * H, K, D)
+        return out.view(places, heads, beams, width).transpose(1, 2).reshape(-1, heads, 1, width)

@@ -37,7 +37,7 @@ def test_one_beam_is_greedy(model, merged):
     if merged:
         model.merge()
     settings = DecodingSettings(beam_size=1, no_repeat_ngram_size=0, eval_len=20)
-    assert [found.tokens for found in decode(model, CONTEXTS, settings, [END])] == expected
+    assert [found.tokens for (found,) in decode(model, CONTEXTS, settings, [END])] == expected
     assert len(set(map(tuple, expected))) > 1
 
 
@@ -47,14 +47,14 @@ def test_neither_batch_nor_order_changes_an_output(model, beams):
     alone = [decode(model, [context], settings, [END])[0] for context in CONTEXTS]
     together = decode(model, CONTEXTS, settings, [END])
     reverse = decode(model, CONTEXTS[::-1], settings, [END])[::-1]
-    for one, two, three in zip(alone, together, reverse, strict=True):
+    for (one,), (two,), (three,) in zip(alone, together, reverse, strict=True):
         assert one.tokens == two.tokens == three.tokens
         assert one.score == pytest.approx(two.score, rel=1e-6) == pytest.approx(three.score, rel=1e-6)
 
 
 def test_a_score_is_the_log_probability_over_the_length_to_the_penalty(model):
     settings = DecodingSettings(beam_size=3, no_repeat_ngram_size=0, length_penalty=0.7, eval_len=10)
-    for context, found in zip(CONTEXTS, decode(model, CONTEXTS, settings, [END]), strict=True):
+    for context, (found,) in zip(CONTEXTS, decode(model, CONTEXTS, settings, [END]), strict=True):
         with torch.no_grad():
             log_probs = model(torch.tensor([context + found.tokens]))[0][0].log_softmax(-1)
         total = sum(float(log_probs[len(context) - 1 + i, token]) for i, token in enumerate(found.tokens))

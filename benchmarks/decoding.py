@@ -1,0 +1,289 @@
+"""Beam search side by side: lora-gpt2, transformers and CTranslate2 on the same weights and contexts.
+
+    python benchmarks/decoding.py                              gpt2.sm's size, random weights and contexts
+    python benchmarks/decoding.py --model FOLDER --contexts FILE.jsonl --ends 0
+                                 what `lora-gpt2 merge` wrote, and each different context of a BPE JSONL file
+
+Every measurement is a process of its own that first decodes two contexts to warm up; programs take turns.
+Prints medians over the repeats, ratios to the best peer, and peak memory. Without `--ends` nothing ends
+early. `--output FOLDER` keeps the figures, with machine and versions, and every program's outputs.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+Contexts = list[list[int]]
+Decode = Callable[[Contexts], list[list[int]]]
+
+CPU_PROGRAMS = [
+    "ours:float32:16",
+    "ours:bfloat16:16",
+    "transformers:float32:16",
+    "transformers:bfloat16:16",
+    "ctranslate2:float32:8",
+    "ctranslate2:int8:8",
+]
+GPU_PROGRAMS = ["ours:bfloat16:64", "transformers:bfloat16:64", "transformers-static:bfloat16:64"]
+SIZES = {
+    "gpt2.sm": {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "gpt2.md": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="gpt2.sm", help=f"{', '.join(SIZES)}, or a folder")
+    parser.add_argument("--contexts", type=Path, help="BPE JSONL")
+    parser.add_argument("--count", type=int, default=32, help="contexts; 0: all")
+    parser.add_argument("--ends", type=int, nargs="*", default=[], help="tokens that end an output")
+    parser.add_argument("--programs", nargs="*", metavar="NAME:TYPE:BATCH")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--beams", type=int, default=10)
+    parser.add_argument("--eval-len", type=int, default=64)
+    parser.add_argument("--ngram", type=int, default=4)
+    parser.add_argument("--length-penalty", type=float, default=0.9)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        measure(options, *options.one)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        report(options, compare(options, Path(folder)))
+
+
+def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Each program's measurements."""
+    programs = options.programs or (CPU_PROGRAMS if options.device == "cpu" else GPU_PROGRAMS)
+    model = model_folder(options.model, folder)
+    contexts = read_contexts(options.contexts, model, options.count)
+    (folder / "contexts.json").write_text(json.dumps(contexts))
+    if any(program.startswith("ctranslate2") for program in programs):
+        from ctranslate2.converters import TransformersConverter
+
+        TransformersConverter(str(model)).convert(str(folder / "ctranslate2"))
+    results: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
+    for repeat in range(options.repeats):
+        for program in programs:
+            arguments = [*sys.argv[1:], "--one", program, str(model), str(folder)]
+            done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+            found = json.loads(done.stdout.splitlines()[-1])
+            results[program].append(found)
+            speed = len(contexts) / found["seconds"]
+            print(f"run {repeat + 1}  {program:<28} {speed:8.3f} contexts/s  {found['peak_gb']:.2f} GB", flush=True)
+    return results
+
+
+def model_folder(model: str, folder: Path) -> Path:
+    """The model in transformers' form; a card's with random weights."""
+    if model not in SIZES:
+        return Path(model).resolve()
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(**SIZES[model])).save_pretrained(folder / "model")
+    vocabulary = {f"t{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}  # CTranslate2 asks for one
+    (folder / "model" / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "model" / "merges.txt").write_text("#version: 0.2\n")
+    return folder / "model"
+
+
+def read_contexts(path: Path | None, model: Path, count: int) -> Contexts:
+    """The file's different contexts in order, or random ones as long as those of E2E."""
+    if path is None:
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        rng = random.Random(0)
+        return [[rng.randrange(vocabulary) for _ in range(rng.randint(20, 60))] for _ in range(count or 32)]
+    rows = (tuple(json.loads(line)["context"]) for line in path.read_text().splitlines())
+    different = [list(context) for context in dict.fromkeys(rows)]
+    if not count or count >= len(different):
+        return different
+    return [different[i * len(different) // count] for i in range(count)]
+
+
+def measure(options: argparse.Namespace, program: str, model: str, folder: str) -> None:
+    """Prints seconds and peak memory of one program as JSON; its outputs go to a file."""
+    name, dtype, batch = program.split(":")
+    contexts = json.loads((Path(folder) / "contexts.json").read_text())
+    opened = OPENERS[name](options, dtype, int(batch), Path(model), Path(folder))
+    opened(contexts[:2])
+    start = time.perf_counter()
+    outputs = opened(contexts)
+    seconds = time.perf_counter() - start
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps({"id": i, "predict": tokens}) + "\n" for i, tokens in enumerate(outputs)]
+        (options.output / f"{program.replace(':', '-')}.jsonl").write_text("".join(lines))
+    print(json.dumps({"seconds": seconds, "peak_gb": peak(options.device)}))
+
+
+def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path) -> Decode:
+    from lora_gpt2.conversion import open_base
+    from lora_gpt2.decoding.config import DecodingSettings
+    from lora_gpt2.decoding.decoder import decode
+    from lora_gpt2.decoding.inference import Precision, for_decoding
+
+    settings = DecodingSettings(
+        beam_size=options.beams,
+        eval_len=options.eval_len,
+        no_repeat_ngram_size=options.ngram,
+        length_penalty=options.length_penalty,
+        batch_size=batch,
+    )
+    loaded = for_decoding(open_base(str(model), None, None).model.to(options.device), Precision(dtype))
+    ends = options.ends or [loaded.config.vocab_size]
+
+    def run(contexts: Contexts) -> list[list[int]]:
+        return [found[0].tokens for found in decode(loaded, contexts, settings, ends)]
+
+    return run
+
+
+def transformers(
+    options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path, **more: Any
+) -> Decode:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(options.device).eval()
+    loaded.generation_config.eos_token_id = None
+    pad = options.ends[0] if options.ends else 0
+
+    def run(contexts: Contexts) -> list[list[int]]:
+        order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+        outputs: list[list[int]] = [[] for _ in contexts]
+        for first in range(0, len(order), batch):
+            numbers = order[first : first + batch]
+            longest = len(contexts[numbers[0]])
+            ids = torch.tensor([[pad] * (longest - len(contexts[i])) + contexts[i] for i in numbers])
+            mask = torch.tensor([[0] * (longest - len(contexts[i])) + [1] * len(contexts[i]) for i in numbers])
+            found = loaded.generate(
+                ids.to(options.device),
+                attention_mask=mask.to(options.device),
+                num_beams=options.beams,
+                max_new_tokens=options.eval_len,
+                no_repeat_ngram_size=options.ngram,
+                length_penalty=options.length_penalty,
+                do_sample=False,
+                pad_token_id=pad,
+                eos_token_id=options.ends or None,
+                **more,
+            )
+            for i, tokens in zip(numbers, found[:, longest:].tolist(), strict=True):
+                outputs[i] = cut(tokens, options.ends)
+        return outputs
+
+    return run
+
+
+def transformers_static(*arguments: Any) -> Decode:
+    return transformers(*arguments, cache_implementation="static")
+
+
+def ctranslate2(options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path) -> Decode:
+    from ctranslate2 import Generator
+
+    generator = Generator(str(folder / "ctranslate2"), device=options.device, compute_type=dtype)
+    names = json.loads((folder / "ctranslate2" / "vocabulary.json").read_text())
+
+    def run(contexts: Contexts) -> list[list[int]]:
+        found = generator.generate_batch(
+            [[names[token] for token in context] for context in contexts],
+            max_batch_size=batch,
+            beam_size=options.beams,
+            max_length=options.eval_len,
+            min_length=0 if options.ends else options.eval_len,
+            no_repeat_ngram_size=options.ngram,
+            length_penalty=options.length_penalty,
+            include_prompt_in_result=False,
+            end_token=options.ends or None,
+        )
+        return [result.sequences_ids[0] for result in found]
+
+    return run
+
+
+OPENERS: dict[str, Callable[..., Decode]] = {
+    "ours": ours,
+    "transformers": transformers,
+    "transformers-static": transformers_static,
+    "ctranslate2": ctranslate2,
+}
+
+
+def cut(tokens: list[int], ends: list[int]) -> list[int]:
+    """Up to the first end token, itself included."""
+    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def peak(device: str) -> float:
+    """The most memory that this process ever held, in GB."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints the table and keeps it."""
+    count = options.count
+    medians = {program: statistics.median(run["seconds"] for run in runs) for program, runs in results.items()}
+    peers = [seconds for program, seconds in medians.items() if not program.startswith("ours")]
+    print(f"\n{'program':<30} {'seconds':>9} {'spread':>15} {'peak GB':>8} {'x best peer':>12}")
+    for program, runs in results.items():
+        seconds = [run["seconds"] for run in runs]
+        ratio = f"{min(peers) / medians[program]:.2f}" if peers else "n/a"
+        spread = f"{min(seconds):.1f}-{max(seconds):.1f}"
+        memory = max(run["peak_gb"] for run in runs)
+        print(f"{program:<30} {medians[program]:>9.1f} {spread:>15} {memory:>8.2f} {ratio:>12}")
+    if options.output:
+        about = {"settings": {k: str(v) for k, v in vars(options).items()}, **machine(), "runs": results}
+        (options.output / "results.json").write_text(json.dumps(about, indent=2) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """Where and when this was measured, and with what."""
+
+    def installed(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    here = Path(__file__).parent
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")), "")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit.stdout.strip(),
+        "cpu": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: installed(name) for name in ("torch", "transformers", "ctranslate2", "lora-gpt2")},
+    }
+
+
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()
