@@ -137,7 +137,7 @@ def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folde
     from lora_gpt2.conversion import open_base
     from lora_gpt2.decoding.config import DecodingSettings
     from lora_gpt2.decoding.decoder import decode
-    from lora_gpt2.decoding.inference import Precision, for_decoding
+    from lora_gpt2.model.inference import Precision, prepare_for_decoding
 
     settings = DecodingSettings(
         beam_size=options.beams,
@@ -146,7 +146,7 @@ def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folde
         length_penalty=options.length_penalty,
         batch_size=batch,
     )
-    loaded = for_decoding(open_base(str(model), None, None).model.to(options.device), Precision(dtype))
+    loaded = prepare_for_decoding(open_base(str(model), None, None).model.to(options.device), Precision(dtype))
     ends = options.ends or [loaded.config.vocab_size]
 
     def run(contexts: Contexts) -> list[list[int]]:

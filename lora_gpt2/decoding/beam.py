@@ -4,7 +4,7 @@ Knows no tokenizer, file, model or device: functions from one state of Q queries
 the next, so that queries may come and go. K beams, V vocabulary, L longest output, N outputs kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
@@ -13,7 +13,14 @@ from torch import Tensor
 
 from lora_gpt2.decoding.config import DecodingSettings, Dialect, EarlyStopping, Strategy
 from lora_gpt2.decoding.rules import forbid, forbid_repeated_ngrams, penalise_repetition
-from lora_gpt2.decoding.choices import chances, drawn, log_partition, top
+from lora_gpt2.decoding.choices import chances, drawn, top_log_probs
+
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states (N, C) to logits (N, V), which may be overwritten."""
+
+_ROWS = {"cpu": 80}
+"""Rows of logits that are computed, and reduced to their best tokens, at a time; elsewhere all."""
 
 
 class Hypothesis(NamedTuple):
@@ -118,18 +125,16 @@ class Search:
             best_log_probs=torch.zeros(count, kept, longest, device=device),
         )
 
-    def extend(self, beams: Beams, logits: Tensor) -> tuple[Beams, Tensor]:
-        """Adds a token to each beam: by `logits` (Q * K, V), the beams' next state and parents (Q, K).
+    def extend(self, beams: Beams, hidden: Tensor, head: Head) -> tuple[Beams, Tensor]:
+        """Adds a token to each beam: the beams' next state and their parents (Q, K).
 
-        `logits` are overwritten. Raises ValueError when there are fewer tokens than are to be chosen.
+        `hidden` (Q * K, C) are what `head` makes logits of, for some rows at a time.
+        Raises ValueError when there are fewer tokens than are to be chosen.
         """
-        if self.candidates > logits.size(1):
-            what = f"beam_size {self.settings.beam_size} is larger than the vocabulary of"
-            raise ValueError(f"{what} {logits.size(1)}" + " allows" * self.hf)
         if self.settings.strategy is Strategy.sample:
-            choice = self._drawn(beams, logits)
+            choice = self._drawn(beams, hidden, head)
         else:
-            choice = self._best(beams, logits)
+            choice = self._best(beams, hidden, head)
         after = replace(beams, lengths=beams.lengths + 1)
         last = (after.lengths == self.settings.eval_len)[:, None]
         width = self.settings.beam_size
@@ -157,24 +162,32 @@ class Search:
         done = (beams.lengths == longest) | (worst >= beams.running.amax(dim=1) / self.norms[best])
         return done | (worst > -torch.inf) if self.hf and stopping is EarlyStopping.first else done
 
-    def _best(self, beams: Beams, logits: Tensor) -> _Choice:
+    def _best(self, beams: Beams, hidden: Tensor, head: Head) -> _Choice:
         """The best continuations of each query, best first."""
         queries, alive = beams.running.shape
-        scores = logits.float()
-        if self.hf:  # transformers applies its rules to log-probabilities
-            scores = scores.log_softmax(dim=1)
-        self._apply_rules(beams, scores)
-        log_probs, tokens = top(scores, self.candidates)
-        if not self.hf:
-            largest = log_probs[:, :1]
-            log_probs = log_probs - largest - log_partition(scores, largest)
-        log_probs = log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf)  # nan: all was forbidden
+        found = [self._top(beams, rows, head(hidden[rows])) for rows in self._parts(len(hidden))]
+        log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
         log_probs, tokens = log_probs.view(queries, alive, -1), tokens.view(queries, alive, -1)
         groups, chosen = self.settings.beam_groups, []
         for group in range(groups):
             members = slice(group * alive // groups, max(1, (group + 1) * alive // groups))
             chosen.append(self._best_of(beams, log_probs, tokens, members, chosen))
         return _Choice(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True)))
+
+    def _top(self, beams: Beams, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and tokens (N, M) of the likeliest continuations of these rows of beams."""
+        if self.candidates > logits.size(1):
+            what = f"beam_size {self.settings.beam_size} is larger than the vocabulary of"
+            raise ValueError(f"{what} {logits.size(1)}" + " allows" * self.hf)
+        if self.hf:  # transformers applies its rules to log-probabilities
+            logits = logits.log_softmax(dim=1, dtype=torch.float32)
+        self._apply_rules(beams, rows, logits)
+        log_probs, tokens = top_log_probs(logits, self.candidates, normalised=self.hf)
+        return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf), tokens  # nan: all was forbidden
+
+    def _parts(self, rows: int) -> list[slice]:
+        size = _ROWS.get(self.device.type, rows)
+        return [slice(start, start + size) for start in range(0, rows, size)]
 
     def _best_of(
         self, beams: Beams, log_probs: Tensor, tokens: Tensor, members: slice, earlier: list[_Choice]
@@ -192,30 +205,32 @@ class Search:
         parents = order // count + members.start
         return _Choice(parents, *(x.gather(1, order) for x in (tokens, log_probs.flatten(1), running)))
 
-    def _drawn(self, beams: Beams, logits: Tensor) -> _Choice:
+    def _drawn(self, beams: Beams, hidden: Tensor, head: Head) -> _Choice:
         """One continuation of each beam, by chance."""
         queries, alive = beams.running.shape
         count = self.settings.beam_size
-        scores = logits.float()
-        self._apply_rules(beams, scores)
-        scores = scores.view(queries, alive, -1).expand(-1, count, -1)
-        at = beams.lengths[:, None, None].clamp(max=self.settings.eval_len - 1).expand(-1, count, 1)
-        uniform = beams.chances.gather(2, at)
-        log_probs, tokens = drawn(scores.flatten(0, 1), uniform.flatten(), self.settings)
-        log_probs, tokens = log_probs.view(queries, count), tokens.view(queries, count)
+        at = beams.lengths.clamp(max=self.settings.eval_len - 1)[:, None, None].expand(-1, count, 1)
+        uniform = beams.chances.gather(2, at).view(queries * alive, -1)  # several for the first token
+        found = []
+        for rows in self._parts(len(hidden)):
+            logits = head(hidden[rows])
+            self._apply_rules(beams, rows, logits)
+            found.append(drawn(logits.float(), uniform[rows], self.settings))
+        log_probs, tokens = (torch.cat(parts).view(queries, count) for parts in zip(*found, strict=True))
         parents = torch.arange(count, device=self.device).clamp(max=alive - 1).expand(queries, -1)
         return _Choice(parents, tokens, log_probs, beams.running.gather(1, parents) + log_probs)
 
-    def _apply_rules(self, beams: Beams, scores: Tensor) -> None:
-        alive, stops = beams.running.size(1), self.said_size + beams.lengths
-        said = beams.said[:, None].expand(-1, alive, -1)
-        history = torch.cat((said, beams.tokens[..., : int(beams.lengths.max())]), dim=2).flatten(0, 1)
-        starts = (self.said_size - beams.said_lengths).repeat_interleave(alive)
-        stops = stops.repeat_interleave(alive)
+    def _apply_rules(self, beams: Beams, rows: slice, scores: Tensor) -> None:
+        """Changes the scores (N, V) of these rows of all beams (Q * K)."""
+        alive, longest = beams.running.size(1), int(beams.lengths.max())
+        queries = torch.arange(rows.start, rows.start + len(scores), device=self.device) // alive  # (N,)
+        tokens = beams.tokens[..., :longest].flatten(0, 1)[rows]
+        history = torch.cat((beams.said[queries], tokens), dim=1)
+        lengths = beams.lengths[queries]
+        starts, stops = self.said_size - beams.said_lengths[queries], self.said_size + lengths
         penalise_repetition(scores, history, starts, stops, self.settings.repetition_penalty)
         if self.settings.min_length:
-            short = beams.lengths < self.settings.min_length
-            forbid(scores, short.repeat_interleave(alive), self.ends)
+            forbid(scores, lengths < self.settings.min_length, self.ends)
         forbid_repeated_ngrams(scores, history, starts, stops, self.settings.no_repeat_ngram_size)
 
     def _offer(self, after: Beams, before: Beams, choice: _Choice, competing: Tensor) -> None:

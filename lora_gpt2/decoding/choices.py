@@ -8,14 +8,36 @@ from torch import Tensor
 from lora_gpt2.decoding.config import DecodingSettings, Strategy
 
 
+_GROUP = 128
+"""Neighbouring tokens whose maximum is taken first."""
+
+
 def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of each row of `scores` (N, V), descending, and their tokens: (N, count)."""
-    return scores.topk(count, dim=1)
+    """The `count` largest of each row of `scores` (N, V), descending, and their tokens: (N, count).
+
+    Of a large vocabulary only the groups with the largest maxima are sorted: the best tokens are in them.
+    """
+    rows, size = scores.shape
+    groups = size // _GROUP
+    if groups < 4 * count:
+        return scores.topk(count, dim=1)
+    grouped = scores[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
+    best = grouped.amax(dim=2).topk(count, dim=1).indices  # (N, count)
+    found = grouped.gather(1, best[..., None].expand(-1, -1, _GROUP)).flatten(1)
+    tokens = (best[..., None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
+    rest = torch.arange(groups * _GROUP, size, device=scores.device).expand(rows, -1)
+    values, places = torch.cat((found, scores[:, groups * _GROUP :]), dim=1).topk(count, dim=1)
+    return values, torch.cat((tokens, rest), dim=1).gather(1, places)
 
 
-def log_partition(scores: Tensor, largest: Tensor) -> Tensor:
-    """log sum exp(scores - largest): (N, V), (N, 1) -> (N, 1), as log_softmax computes it."""
-    return (scores - largest).exp().sum(dim=1, keepdim=True).log()
+def top_log_probs(scores: Tensor, count: int, normalised: bool = False) -> tuple[Tensor, Tensor]:
+    """`top` of the log-softmax in float32, or of `normalised` scores as they are."""
+    if normalised:
+        return top(scores, count)
+    size = 16 if scores.device.type == "cpu" else len(scores)  # what the caches hold
+    parts = [top(part.log_softmax(dim=1, dtype=torch.float32), count) for part in scores.split(size)]
+    values, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+    return values, tokens
 
 
 def chances(settings: DecodingSettings, numbers: Sequence[int]) -> Tensor:

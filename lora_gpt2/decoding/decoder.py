@@ -86,9 +86,9 @@ class _Pool:
         if self.tree is None:
             self.tree = BeamTree(len(caches), self.places, self.parents.size(1), presents[0])
         self.tree.admit(places, lengths, presents)
-        logits = self.model.lm_head(hidden[torch.arange(len(rows), device=self.device), lengths - 1])
+        last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
         start = self.search.start(*zip(*queries, strict=True))
-        beams, self.parents[places] = self.search.extend(start, logits)
+        beams, self.parents[places] = self.search.extend(start, last, self.model.lm_head)
         self.beams.put(places, beams)
         self.contexts[places] = lengths
 
@@ -101,7 +101,7 @@ class _Pool:
         tokens = beams.tokens.gather(2, last[:, None, None].expand(*self.parents.shape, 1))  # (P, K, 1)
         positions = (self.contexts + last).repeat_interleave(self.parents.size(1))[:, None]
         hidden = self.model.transformer.hidden_states(tokens.flatten(0, 1), positions, self.tree.layers)
-        self.beams, self.parents = self.search.extend(beams, self.model.lm_head(hidden[:, 0]))
+        self.beams, self.parents = self.search.extend(beams, hidden[:, 0], self.model.lm_head)
         self._clear(place for place in range(self.places) if place not in self.numbers)
 
     def take_done(self) -> Iterator[tuple[int, list[Hypothesis]]]:

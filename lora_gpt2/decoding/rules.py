@@ -39,5 +39,5 @@ def forbid_repeated_ngrams(scores: Tensor, history: Tensor, starts: Tensor, stop
     whole = (starts[:, None] <= first) & (first + size <= stops[:, None])
     last = (stops - size + 1)[:, None] + torch.arange(size - 1, device=history.device)
     last = history.gather(1, last.clamp(min=0))  # (N, size - 1)
-    repeats = whole & (ngrams[..., :-1] == last[:, None]).all(dim=-1)
-    scores.scatter_add_(1, ngrams[..., -1], torch.where(repeats, -torch.inf, 0.0).to(scores.dtype))
+    row, place = (whole & (ngrams[..., :-1] == last[:, None]).all(dim=-1)).nonzero(as_tuple=True)
+    scores[row, ngrams[row, place, -1]] = -torch.inf

@@ -54,6 +54,10 @@ class RowCache:
         return attend(q, self.past[0], self.past[1], seen, p)
 
 
+_GROWTH = 32
+"""Slots that are added at a time."""
+
+
 class BeamTree:
     """Keys and values of contexts and of the tokens that the beams of each descend from.
 
@@ -85,10 +89,8 @@ class BeamTree:
         free = ~self.sees.any(dim=1)
         slots = free.sort(dim=1, descending=True, stable=True).indices[:, : parents.size(1)]  # (P, K)
         self.sees.scatter_(2, slots[..., None], True)
-        reach = int(self.sees.any(dim=1).any(dim=0).nonzero()[-1]) + 1
         for layer in self.layers:
-            layer.slots = slots
-            layer.sees = self.sees[..., :reach]
+            layer.slots, layer.sees = slots, self.sees
 
     def keep(self, places: Tensor) -> None:
         """Only `places` (P',) stay, in this order."""
@@ -97,9 +99,9 @@ class BeamTree:
             layer.table = layer.table[:, places]
 
     def _grow(self, slots: int) -> None:
-        """Makes room for `slots` in each place, with some to spare."""
-        more = max(slots, self.sees.size(2) * 5 // 4) - self.sees.size(2)
-        if slots > self.sees.size(2):
+        """Makes room for `slots` in each place. All are computed with, so that few are to spare."""
+        more = -(-slots // _GROWTH) * _GROWTH - self.sees.size(2)
+        if more > 0:
             self.sees = F.pad(self.sees, (0, more))
             for layer in self.layers:
                 layer.table = F.pad(layer.table, (0, 0, 0, more))
@@ -122,8 +124,8 @@ class BeamLayer:
         q, k, v = (x.view(places, beams, heads, width).transpose(1, 2) for x in (q, k, v))
         for table, new in zip(self.table, (k, v), strict=True):
             table.view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
-        keys, values = self.table[..., : self.sees.size(2), :].flatten(1, 2)  # (P * H, S', D) each
-        weights = (q * width**-0.5).reshape(-1, beams, width) @ keys.transpose(1, 2)  # (P * H, K, S')
+        keys, values = self.table.flatten(1, 2)  # (P * H, S, D) each
+        weights = (q * width**-0.5).reshape(-1, beams, width) @ keys.transpose(1, 2)  # (P * H, K, S)
         weights = weights.view(places, heads, beams, -1).masked_fill_(~self.sees[:, None], -torch.inf)
         out = weights.softmax(dim=-1).flatten(0, 1) @ values  # (P * H, K, D)
         return out.view(places, heads, beams, width).transpose(1, 2).reshape(-1, heads, 1, width)
