@@ -45,7 +45,9 @@ SIZES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="gpt2.sm", help=f"{', '.join(SIZES)}, or a folder")
     parser.add_argument("--contexts", type=Path, help="BPE JSONL")
     parser.add_argument("--count", type=int, default=32, help="contexts; 0: all")
@@ -81,11 +83,16 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[st
     for repeat in range(options.repeats):
         for program in programs:
             arguments = [*sys.argv[1:], "--one", program, str(model), str(folder)]
-            done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True
+            )
             found = json.loads(done.stdout.splitlines()[-1])
             results[program].append(found)
             speed = len(contexts) / found["seconds"]
-            print(f"run {repeat + 1}  {program:<28} {speed:8.3f} contexts/s  {found['peak_gb']:.2f} GB", flush=True)
+            print(
+                f"run {repeat + 1}  {program:<28} {speed:8.3f} contexts/s  {found['peak_gb']:.2f} GB",
+                flush=True,
+            )
     return results
 
 
@@ -137,7 +144,8 @@ def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folde
     from lora_gpt2.conversion import open_base
     from lora_gpt2.decoding.config import DecodingSettings
     from lora_gpt2.decoding.decoder import decode
-    from lora_gpt2.model.inference import Precision, prepare_for_decoding
+    from lora_gpt2.model.config import Precision
+    from lora_gpt2.model.inference import prepare_for_decoding
 
     settings = DecodingSettings(
         beam_size=options.beams,
@@ -146,7 +154,9 @@ def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folde
         length_penalty=options.length_penalty,
         batch_size=batch,
     )
-    loaded = prepare_for_decoding(open_base(str(model), None, None).model.to(options.device), Precision(dtype))
+    loaded = prepare_for_decoding(
+        open_base(str(model), None, None).model.to(options.device), Precision(dtype)
+    )
     ends = options.ends or [loaded.config.vocab_size]
 
     def run(contexts: Contexts) -> list[list[int]]:
@@ -161,7 +171,9 @@ def transformers(
     import torch
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(options.device).eval()
+    loaded = (
+        AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(options.device).eval()
+    )
     loaded.generation_config.eos_token_id = None
     pad = options.ends[0] if options.ends else 0
 
@@ -172,7 +184,9 @@ def transformers(
             numbers = order[first : first + batch]
             longest = len(contexts[numbers[0]])
             ids = torch.tensor([[pad] * (longest - len(contexts[i])) + contexts[i] for i in numbers])
-            mask = torch.tensor([[0] * (longest - len(contexts[i])) + [1] * len(contexts[i]) for i in numbers])
+            mask = torch.tensor(
+                [[0] * (longest - len(contexts[i])) + [1] * len(contexts[i]) for i in numbers]
+            )
             found = loaded.generate(
                 ids.to(options.device),
                 attention_mask=mask.to(options.device),
@@ -238,13 +252,16 @@ def peak(device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    )
 
 
 def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
     """Prints the table and keeps it."""
-    count = options.count
-    medians = {program: statistics.median(run["seconds"] for run in runs) for program, runs in results.items()}
+    medians = {
+        program: statistics.median(run["seconds"] for run in runs) for program, runs in results.items()
+    }
     peers = [seconds for program, seconds in medians.items() if not program.startswith("ours")]
     print(f"\n{'program':<30} {'seconds':>9} {'spread':>15} {'peak GB':>8} {'x best peer':>12}")
     for program, runs in results.items():
@@ -268,7 +285,9 @@ def machine() -> dict[str, Any]:
             return None
 
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
     cpu = next((line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")), "")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

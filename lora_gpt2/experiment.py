@@ -1,31 +1,25 @@
 """The two experiments, step by step in the order in which data flows. Only wires."""
 
+import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
-from lightning import Trainer, seed_everything
+from lightning import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from lora_gpt2 import runs
-from lora_gpt2.data.batches import LengthBuckets
 from lora_gpt2.data.jsonl import TextRow, read_text_rows
 from lora_gpt2.data.module import DataToText
-from lora_gpt2.decoding.predictions import (
-    Decoding,
-    PartWriter,
-    Queries,
-    Query,
-    merge_parts,
-    write_predictions,
-)
+from lora_gpt2.decoding.beam import Hypothesis
+from lora_gpt2.decoding.predictions import Decoding, Parts, Queries, write_predictions
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import text_files
 from lora_gpt2.evaluation.scorer import score_by_part, score_e2e, scores_as_dict
@@ -33,9 +27,10 @@ from lora_gpt2.files import write_json
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.reporting import screen
 from lora_gpt2.settings import GenerateSettings, TrainSettings
+from lora_gpt2.training.callbacks import Progress
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.weights.pretrained import build_base
-from lora_gpt2.weights.store import base_hash
+from lora_gpt2.weights.store import base_hash, weights_hash
 
 
 def train(settings: TrainSettings, folder: Path) -> float | None:
@@ -63,7 +58,8 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     screen.model(settings.model.name, model)
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
-    trainer = _trainer(settings.trainer, settings.callbacks, _logger(settings, folder), folder)
+    callbacks = _callbacks(settings.callbacks, folder)
+    trainer = _trainer(settings.trainer, callbacks, _logger(settings, folder), folder)
     trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
     loss = runs.keep_weights(trainer, module, settings.keep, folder)
     if trainer.is_global_zero:
@@ -83,17 +79,21 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
     queries = _queries(settings, data, models)
     screen.queries(settings.split, queries)
     end_tokens = settings.decoding.end_tokens or data.tokenizer.end_tokens
-    callbacks = {"writer": PartWriter(folder), **settings.callbacks}
+    parts = _parts(settings, folder, queries, models, end_tokens)
+    callbacks = _callbacks(settings.callbacks, folder)
     trainer = _trainer(settings.trainer, callbacks, None, folder)
-    loader = _query_loader(queries, settings.decoding.batch_size, trainer)
-    trainer.predict(Decoding(models, settings.decoding, end_tokens), loader, return_predictions=False)
-    trainer.strategy.barrier()
+    if len(parts.finished) < len(queries):
+        progress = [callback for callback in callbacks if isinstance(callback, Progress)]
+        _decode(queries, parts, Decoding(models, settings.decoding, end_tokens), trainer, progress)
     if not trainer.is_global_zero:
         return None
-    hypotheses = merge_parts(folder, trainer.world_size, len(queries))
-    texts = [data.tokenizer.clean(hypothesis.tokens) for hypothesis in hypotheses]
-    write_predictions(folder / "predictions.jsonl", queries, hypotheses, texts, settings.decoding.eval_len)
-    return _evaluate(folder, data, settings.split, queries, texts)
+    parts.read()
+    path, clean = folder / "predictions.jsonl", data.tokenizer.clean
+    write_predictions(path, queries, parts, clean, settings.decoding)
+    texts = [clean(parts.outputs(number)[0].tokens) for number in range(len(queries))]
+    scores = _evaluate(folder, data, settings.split, queries, texts)
+    parts.remove()
+    return scores
 
 
 def _quiet() -> None:
@@ -115,11 +115,14 @@ def _quiet() -> None:
         warnings.filterwarnings("ignore", message=expected)
 
 
+def _callbacks(nodes: dict[str, Any], folder: Path) -> list[Callback]:
+    return [_build(node, dirpath=str(folder / "checkpoints")) for node in nodes.values()]
+
+
 def _trainer(
-    arguments: dict[str, Any], callbacks: dict[str, Any], logger: Logger | None, folder: Path
+    arguments: dict[str, Any], callbacks: list[Callback], logger: Logger | None, folder: Path
 ) -> Trainer:
-    built = [_build(callback, dirpath=str(folder / "checkpoints")) for callback in callbacks.values()]
-    return instantiate(arguments, default_root_dir=str(folder), callbacks=built, logger=logger or False)
+    return instantiate(arguments, default_root_dir=str(folder), callbacks=callbacks, logger=logger or False)
 
 
 def _logger(settings: TrainSettings, folder: Path) -> Logger | None:
@@ -166,19 +169,42 @@ def _queries(settings: GenerateSettings, data: DataToText, models: Mapping[str, 
     return queries
 
 
-def _query_loader(queries: Queries, batch_size: int, trainer: Trainer) -> DataLoader[list[Query]]:
-    order = {name: i for i, name in enumerate(dict.fromkeys(queries.adapters))}
-    longest = max(map(len, queries.contexts))  # a batch asks one adapter, but for where two of them meet
-    lengths = torch.tensor(
-        [
-            len(context) + order[name] * longest
-            for context, name in zip(queries.contexts, queries.adapters, strict=True)
-        ]
-    )
-    batches = LengthBuckets(
-        lengths, batch_size, shuffle=False, rank=trainer.global_rank, ranks=trainer.world_size
-    )
-    return DataLoader(queries, sampler=batches, batch_size=None)
+def _parts(
+    settings: GenerateSettings,
+    folder: Path,
+    queries: Queries,
+    models: Mapping[str, GPT2LMModel],
+    end_tokens: list[int],
+) -> Parts:
+    """What is decoded already, in `folder` or in that of an interrupted run."""
+    how = {name: value for name, value in asdict(settings.decoding).items() if name != "batch_size"}
+    weights = {name: weights_hash(model) for name, model in models.items()}
+    told = json.dumps([queries.digest(), how, end_tokens, weights])
+    earlier = Path(settings.resume) if settings.resume is not None else None
+    if earlier is not None and not earlier.is_dir():
+        raise UserError("resume", f"{earlier}: there is no such folder", "give that of the interrupted run")
+    parts = Parts(folder, hashlib.sha256(told.encode()).hexdigest(), earlier)
+    if parts.finished:
+        screen.note(f"{len(parts.finished):,} of {len(queries):,} are decoded already")
+    return parts
+
+
+def _decode(
+    queries: Queries, parts: Parts, decoding: Decoding, trainer: Trainer, progress: Sequence[Progress]
+) -> None:
+    """Decodes what is not finished, on all ranks."""
+    share = queries.share(trainer.global_rank, trainer.world_size, parts.finished)
+    total = sum(map(len, share))
+
+    def done(number: int, outputs: list[Hypothesis]) -> None:
+        parts.write(trainer.global_rank, number, outputs)
+        for callback in progress:
+            callback.on_decoded(total)
+
+    decoding.done = done
+    loader = DataLoader(queries, sampler=share, batch_size=None)
+    trainer.predict(decoding, loader, return_predictions=False)
+    trainer.strategy.barrier()
 
 
 def _evaluate(

@@ -84,6 +84,8 @@ class GenerateSettings:
     """Base weights; null: those that the adapter was trained on."""
     split: str = "test"
     """train, valid or test."""
+    resume: str | None = None
+    """The folder of an interrupted decoding to go on from; one in this run's own folder goes on by itself."""
     limit: int | None = None
     """Decode the first so many different contexts only."""
     seed: int = 42

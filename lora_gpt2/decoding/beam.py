@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_gpt2.decoding.choices import chances, drawn, top_log_probs
 from lora_gpt2.decoding.config import DecodingSettings, Dialect, EarlyStopping, Strategy
 from lora_gpt2.decoding.rules import forbid, forbid_repeated_ngrams, penalise_repetition
-from lora_gpt2.decoding.choices import chances, drawn, top_log_probs
-
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states (N, C) to logits (N, V), which may be overwritten."""
 
-_ROWS = {"cpu": 80}
+_ROWS = {"cpu": 160}
 """Rows of logits that are computed, and reduced to their best tokens, at a time; elsewhere all."""
 
 
@@ -168,7 +167,8 @@ class Search:
         found = [self._top(beams, rows, head(hidden[rows])) for rows in self._parts(len(hidden))]
         log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
         log_probs, tokens = log_probs.view(queries, alive, -1), tokens.view(queries, alive, -1)
-        groups, chosen = self.settings.beam_groups, []
+        groups = self.settings.beam_groups
+        chosen: list[_Choice] = []
         for group in range(groups):
             members = slice(group * alive // groups, max(1, (group + 1) * alive // groups))
             chosen.append(self._best_of(beams, log_probs, tokens, members, chosen))

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lora_gpt2.decoding.config import DecodingSettings, Strategy
 
-
 _GROUP = 128
 """Neighbouring tokens whose maximum is taken first."""
 
@@ -21,7 +20,7 @@ def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     groups = size // _GROUP
     if groups < 4 * count:
         return scores.topk(count, dim=1)
-    grouped = scores[:, : groups * _GROUP].unflatten(1, (groups, _GROUP))
+    grouped = scores[:, : groups * _GROUP].reshape(rows, groups, _GROUP)
     best = grouped.amax(dim=2).topk(count, dim=1).indices  # (N, count)
     found = grouped.gather(1, best[..., None].expand(-1, -1, _GROUP)).flatten(1)
     tokens = (best[..., None] * _GROUP + torch.arange(_GROUP, device=scores.device)).flatten(1)
@@ -35,7 +34,7 @@ def top_log_probs(scores: Tensor, count: int, normalised: bool = False) -> tuple
     if normalised:
         return top(scores, count)
     size = 16 if scores.device.type == "cpu" else len(scores)  # what the caches hold
-    parts = [top(part.log_softmax(dim=1, dtype=torch.float32), count) for part in scores.split(size)]
+    parts = [top(part.log_softmax(dim=1, dtype=torch.float32), count) for part in torch.split(scores, size)]
     values, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
     return values, tokens
 

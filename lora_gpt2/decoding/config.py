@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import Enum
 
+from lora_gpt2.model.config import Precision
+
 
 class Strategy(str, Enum):
     """How a beam is continued."""
@@ -63,6 +65,8 @@ class DecodingSettings:
     """Of strategy=sample: only the likeliest tokens that together have this probability."""
     seed: int = 42
     """Of strategy=sample."""
+    precision: Precision = Precision.float32
+    """float32, or bfloat16: faster, and a few outputs differ."""
     batch_size: int = 16
     """Queries decoded side by side; changes speed, never results."""
 
@@ -86,13 +90,20 @@ class DecodingSettings:
         if self.top_p > 1:
             raise ValueError(f"decoding.top_p must be at most 1, not {self.top_p}")
         if self.n_best > self.beam_size:
-            raise ValueError(f"decoding.n_best {self.n_best} is more than decoding.beam_size {self.beam_size}")
+            raise ValueError(
+                f"decoding.n_best {self.n_best} is more than decoding.beam_size {self.beam_size}"
+            )
+        self._check_strategy()
+        if self.end_tokens is not None and not self.end_tokens:
+            raise ValueError("decoding.end_tokens must name at least one token id, or be null")
+
+    def _check_strategy(self) -> None:
         if self.beam_size % self.beam_groups:
             what = f"decoding.beam_size {self.beam_size} is not divisible by"
             raise ValueError(f"{what} decoding.beam_groups {self.beam_groups}")
         if self.beam_groups > 1 and (self.strategy, self.dialect) != (Strategy.beam, Dialect.reference):
-            raise ValueError("decoding.beam_groups needs decoding.strategy=beam and decoding.dialect=reference")
+            raise ValueError(
+                "decoding.beam_groups needs decoding.strategy=beam and decoding.dialect=reference"
+            )
         if self.dialect is Dialect.hf and self.strategy is not Strategy.beam:
             raise ValueError("decoding.dialect=hf is a beam search: it needs decoding.strategy=beam")
-        if self.end_tokens is not None and not self.end_tokens:
-            raise ValueError("decoding.end_tokens must name at least one token id, or be null")

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_gpt2.decoding.beam import Hypothesis, Search
@@ -87,7 +86,7 @@ class _Pool:
             self.tree = BeamTree(len(caches), self.places, self.parents.size(1), presents[0])
         self.tree.admit(places, lengths, presents)
         last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
-        start = self.search.start(*zip(*queries, strict=True))
+        start = self.search.start([number for number, _ in queries], [context for _, context in queries])
         beams, self.parents[places] = self.search.extend(start, last, self.model.lm_head)
         self.beams.put(places, beams)
         self.contexts[places] = lengths

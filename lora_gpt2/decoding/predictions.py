@@ -1,20 +1,28 @@
 """The prediction loop: each different context once, spread over the ranks, written in row order."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
-from lightning import LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning import LightningModule
 from torch import nn
 from torch.utils.data import Dataset
 
 from lora_gpt2.decoding.beam import Hypothesis
 from lora_gpt2.decoding.config import DecodingSettings
-from lora_gpt2.decoding.decoder import decode
-from lora_gpt2.files import write_text
+from lora_gpt2.decoding.decoder import decode_stream
+from lora_gpt2.errors import UserError
+from lora_gpt2.files import replacing
+from lora_gpt2.model.inference import prepare_for_decoding
 from lora_gpt2.model.language_model import GPT2LMModel
+
+_CHUNK = 1024
+"""Queries that are handed to a rank at a time; the last ones of each leave places idle."""
 
 
 class Query(NamedTuple):
@@ -27,114 +35,175 @@ class Queries(Dataset[list[Query]]):
     """What a split asks for: its different contexts in order of first appearance.
 
     ``of_row``: which one a row has; ``adapters``: whom each one asks, the same context with two adapters
-    being two queries.
+    being two queries. Of a context four bytes a token are held.
     """
 
     def __init__(self, rows: Iterable[tuple[str, Sequence[int]]], longest: int) -> None:
         """`rows`: (adapter, context). A context is cut to its last `longest` tokens; ``cut`` counts those."""
-        numbers: dict[tuple[str, tuple[int, ...]], int] = {}
-        found = (numbers.setdefault((adapter, tuple(context)), len(numbers)) for adapter, context in rows)
-        self.of_row = dict(enumerate(found))
-        self.adapters = [adapter for adapter, _ in numbers]
-        self.contexts = [list(context[-longest:]) for _, context in numbers]
-        self.cut = sum(len(context) > longest for _, context in numbers)
+        numbers: dict[bytes, int] = {}
+        self.of_row: dict[int, int] = {}
+        self.adapters: list[str] = []
+        self._tokens, self._ends = array("i"), array("q", [0])
+        self.cut = 0
+        for row, (adapter, context) in enumerate(rows):
+            digest = sha256(adapter.encode() + b"\0" + array("i", context).tobytes()).digest()
+            number = self.of_row[row] = numbers.setdefault(digest, len(numbers))
+            if number == len(self.adapters):
+                self.adapters.append(adapter)
+                self._tokens.extend(context[-longest:])
+                self._ends.append(len(self._tokens))
+                self.cut += len(context) > longest
 
     def __len__(self) -> int:
-        return len(self.contexts)
+        return len(self.adapters)
 
     def __getitem__(self, numbers: Sequence[int]) -> list[Query]:
-        return [Query(number, self.contexts[number], self.adapters[number]) for number in numbers]
+        return [Query(number, self.context(number), self.adapters[number]) for number in numbers]
+
+    def context(self, number: int) -> list[int]:
+        return self._tokens[self._ends[number] : self._ends[number + 1]].tolist()
 
     def limit(self, count: int) -> None:
         """Keeps the first `count` contexts and the rows that have them."""
-        self.contexts, self.adapters = self.contexts[:count], self.adapters[:count]
+        self.adapters, self._ends = self.adapters[:count], self._ends[: count + 1]
+        self._tokens = self._tokens[: self._ends[-1]]
         self.of_row = {row: number for row, number in self.of_row.items() if number < count}
+
+    def share(self, rank: int, ranks: int, finished: set[int]) -> list[list[int]]:
+        """The rank's part of what is not finished, in chunks: by adapter, the longest contexts first.
+
+        Contexts of like length are dealt to the ranks in turn, so that all have as much to do.
+        """
+        names = {name: i for i, name in enumerate(dict.fromkeys(self.adapters))}
+        left = [number for number in range(len(self)) if number not in finished]
+        left.sort(
+            key=lambda number: (
+                names[self.adapters[number]],
+                self._ends[number] - self._ends[number + 1],
+                number,
+            )
+        )
+        own = left[rank::ranks]
+        return [own[start : start + _CHUNK] for start in range(0, len(own), _CHUNK)]
+
+    def digest(self) -> str:
+        """SHA-256 of all contexts and whom they ask."""
+        parts = json.dumps(self.adapters).encode(), self._tokens.tobytes(), self._ends.tobytes()
+        return sha256(b"\0".join(parts)).hexdigest()
 
 
 class Decoding(LightningModule):
-    """Decodes one batch of queries, each by the model of the adapter that it asks for."""
+    """Decodes queries, each by the model of the adapter that it asks for, and hands on what is done."""
 
     def __init__(
-        self, models: Mapping[str, GPT2LMModel], settings: DecodingSettings, end_tokens: list[int]
+        self,
+        models: Mapping[str, GPT2LMModel],
+        settings: DecodingSettings,
+        end_tokens: list[int],
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer queries than ranks
         self.names, self.models = list(models), nn.ModuleList(models.values())
         self.settings, self.end_tokens = settings, end_tokens
+        self.done: Callable[[int, list[Hypothesis]], None] = lambda number, outputs: None
+        """Is given number and outputs, best first, of each query, as they come."""
 
-    def predict_step(self, batch: list[Query], batch_idx: int) -> list[Hypothesis]:
-        found: dict[int, Hypothesis] = {}
-        for name in dict.fromkeys(query.adapter for query in batch):
-            queries = [query for query in batch if query.adapter == name]
+    def on_predict_start(self) -> None:
+        """Lays the models out for decoding where they are now; under autocast they stay as they are."""
+        if self.trainer.precision == "32-true":
+            for model in self.models:
+                prepare_for_decoding(cast(GPT2LMModel, model), self.settings.precision)
+
+    def predict_step(self, batch: list[Query], batch_idx: int) -> None:
+        for name, group in groupby(batch, key=lambda query: query.adapter):
             model = cast(GPT2LMModel, self.models[self.names.index(name)])
-            outputs = decode(model, [query.context for query in queries], self.settings, self.end_tokens)
-            found |= {query.number: output for query, output in zip(queries, outputs, strict=True)}
-        return [found[query.number] for query in batch]
+            queries = ((query.number, query.context) for query in group)
+            for number, outputs in decode_stream(model, queries, self.settings, self.end_tokens):
+                self.done(number, outputs)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        return batch  # plain lists; `decode` makes the tensors
+        return batch  # plain lists; `decode_stream` makes the tensors
 
 
-class PartWriter(BasePredictionWriter):
-    """Appends each rank's hypotheses to a file of its own, as they come."""
+class Parts:
+    """Finished outputs on disk, a file for each rank: a run that was interrupted goes on from them."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(write_interval="batch")
-        self.folder = folder
+    def __init__(self, folder: Path, fingerprint: str, earlier: Path | None = None) -> None:
+        """`fingerprint` says what is decoded, and how; `earlier`: the folder of an interrupted run.
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        part_file(self.folder, trainer.global_rank).write_text("", encoding="utf-8")
+        Raises UserError where one of the folders holds outputs of something else.
+        """
+        self.folders = [folder] if earlier is None else [folder, earlier]
+        self.fingerprint = fingerprint
+        self._file: IO[str] | None = None
+        self._places: dict[int, tuple[Path, int]] = {}
+        self.read()
 
-    def write_on_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        prediction: list[Hypothesis],
-        batch_indices: Sequence[int] | None,
-        batch: list[Query],
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        with open(part_file(self.folder, trainer.global_rank), "a", encoding="utf-8") as file:
-            for query, hypothesis in zip(batch, prediction, strict=True):
-                file.write(json.dumps([query.number, hypothesis.tokens, hypothesis.score]) + "\n")
+    @property
+    def finished(self) -> set[int]:
+        return set(self._places)
 
+    def read(self) -> None:
+        """Finds what is finished by now."""
+        for folder in self.folders:
+            for path in sorted(folder.glob(".part-*.jsonl")):
+                self._index(path)
 
-def part_file(folder: Path, rank: int) -> Path:
-    return folder / f".part-{rank}.jsonl"
+    def write(self, rank: int, number: int, outputs: Sequence[Hypothesis]) -> None:
+        """Appends to the rank's file, behind the last whole line of an interrupted run."""
+        if self._file is None:
+            path = self.folders[0] / f".part-{rank}.jsonl"
+            whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+            if path.exists():
+                os.truncate(path, whole)
+            self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (stays open)
+            if not whole:
+                self._file.write(json.dumps({"decoding": self.fingerprint}) + "\n")
+        self._file.write(json.dumps([number, outputs]) + "\n")
+        self._file.flush()
 
+    def outputs(self, number: int) -> list[Hypothesis]:
+        """Of one query, best first."""
+        path, place = self._places[number]
+        with open(path, "rb") as file:
+            file.seek(place)
+            return [Hypothesis(*values) for values in json.loads(file.readline())[1]]
 
-def merge_parts(folder: Path, ranks: int, queries: int) -> list[Hypothesis]:
-    """The hypotheses of all ranks by query number; their files are removed."""
-    found: dict[int, Hypothesis] = {}
-    for rank in range(ranks):
-        for line in part_file(folder, rank).read_text(encoding="utf-8").splitlines():
-            number, tokens, score = json.loads(line)
-            assert number not in found, f"query {number} was decoded twice"
-            found[number] = Hypothesis(tokens, score)
-    assert len(found) == queries, f"{len(found)} of {queries} queries were decoded"
-    for rank in range(ranks):
-        part_file(folder, rank).unlink()
-    return [found[number] for number in range(queries)]
+    def remove(self) -> None:
+        """Deletes the files in the run's own folder."""
+        for path in self.folders[0].glob(".part-*.jsonl"):
+            path.unlink()
+
+    def _index(self, path: Path) -> None:
+        with open(path, "rb") as file:
+            header = file.readline()
+            if not header.endswith(b"\n"):
+                return
+            if json.loads(header) != {"decoding": self.fingerprint}:
+                what = "holds outputs of an interrupted decoding of something else, or with other settings"
+                raise UserError(path, what, "give those settings again, choose another folder, or delete it")
+            place = file.tell()
+            while (line := file.readline()).endswith(b"\n"):
+                self._places.setdefault(int(line[1 : line.index(b",")]), (path, place))
+                place = file.tell()
 
 
 def write_predictions(
-    path: Path,
-    queries: Queries,
-    hypotheses: Sequence[Hypothesis],
-    texts: Sequence[str],
-    eval_len: int,
+    path: Path, queries: Queries, parts: Parts, clean: Callable[[list[int]], str], settings: DecodingSettings
 ) -> None:
     """One line a row, in order: {"id", "predict", "score", "text"}, predict zero-padded to `eval_len`.
 
-    "adapter" is there where the row asked for one.
+    `clean` makes texts of tokens. "adapter" is there where the row asked for one, and "n_best", the outputs
+    with the log-probabilities of their tokens, where there are several.
     """
-    lines = []
-    for row, number in queries.of_row.items():
-        tokens, score = hypotheses[number]
-        predict = tokens + [0] * (eval_len - len(tokens))
-        line = {"id": row, "predict": predict, "score": score, "text": texts[number]}
-        if adapter := queries.adapters[number]:
-            line["adapter"] = adapter
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_text(path, "".join(lines))
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        for row, number in queries.of_row.items():
+            found = parts.outputs(number)
+            tokens, score, _ = found[0]
+            predict = tokens + [0] * (settings.eval_len - len(tokens))
+            line: dict[str, Any] = {"id": row, "predict": predict, "score": score, "text": clean(tokens)}
+            if adapter := queries.adapters[number]:
+                line["adapter"] = adapter
+            if settings.n_best > 1:
+                line["n_best"] = [{"text": clean(one.tokens), **one._asdict()} for one in found]
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 
-def penalise_repetition(scores: Tensor, history: Tensor, starts: Tensor, stops: Tensor, penalty: float) -> None:
+def penalise_repetition(
+    scores: Tensor, history: Tensor, starts: Tensor, stops: Tensor, penalty: float
+) -> None:
     """Tokens of `history` have their score (N, V) divided by `penalty` if >= 0, else multiplied.
 
     Keskar et al. 2019 (CTRL), with the sign rule that makes it a penalty for negative scores too.

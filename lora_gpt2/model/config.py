@@ -306,6 +306,13 @@ class LoraBias(str, Enum):
     all = "all"
 
 
+class Precision(str, Enum):
+    """What a model that only decodes computes its products in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @dataclass
 class ModelSettings:
     """The group `model`: an architecture card."""

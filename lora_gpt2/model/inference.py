@@ -3,24 +3,18 @@
 On a CPU a product's weights lie in oneDNN's own blocks, once, instead of being copied there at each call.
 """
 
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_gpt2.model.config import Precision
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.transformer import MLP, Block
 
 _ROWS = 160
 """Rows of an input that blocks are chosen for; any other number is computed too."""
-
-
-class Precision(str, Enum):
-    """What products are computed in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 class PackedLinear(nn.Module):
@@ -34,9 +28,9 @@ class PackedLinear(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        kind = "tanh" if self.activation == "gelu" else ""
-        arguments = self.weight, self.bias, self.activation, [], kind
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, *arguments)
+        formula = "tanh" if self.activation == "gelu" else ""
+        product: Any = torch.ops.mkldnn._linear_pointwise
+        result: Tensor = product(x, self.weight, self.bias, self.activation, [], formula)
         return result
 
 
@@ -52,24 +46,30 @@ class _PackedMLP(nn.Module):
 
 @torch.no_grad()
 def prepare_for_decoding(model: GPT2LMModel, precision: Precision) -> GPT2LMModel:
-    """The same model, changed in place: from now on it can do nothing but decode."""
-    model.eval().merge()
-    model.to(getattr(torch, precision.value))
+    """The same model, changed in place: from now on it can do nothing but decode.
+
+    Where LoRA is not merged, as with several adapters over one base, its weights stay as they lie.
+    """
+    model.eval().to(getattr(torch, precision.value))
     if _packs(model):
         for block in model.transformer.h:
+            assert isinstance(block, Block)
             attn, mlp = block.attn, block.mlp
             attn.c_attn, attn.c_proj = _packed(attn.c_attn), _packed(attn.c_proj)
+            assert isinstance(mlp, MLP)
             block.mlp = _PackedMLP(_packed(mlp.c_fc, "gelu"), _packed(mlp.c_proj))
-        model.lm_head.decoder = PackedLinear(model.lm_head.decoder.weight, None)
+        model.lm_head.decoder = PackedLinear(model.transformer.wte.weight, None)
     return model
 
 
 def _packs(model: GPT2LMModel) -> bool:
-    """Whether the products run on a CPU, by a torch that packs weights."""
+    """Whether all is merged, and products run on a CPU, by a torch that packs weights."""
     weight = model.transformer.wte.weight
-    there = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-    return there and weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16)
+    there = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch._C._has_mkldnn
+    merged = all(layer.merged for layer in model.lora_layers())
+    return there and merged and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16)
 
 
-def _packed(layer: MergedLinear, activation: str = "none") -> PackedLinear:
+def _packed(layer: nn.Module, activation: str = "none") -> PackedLinear:
+    assert isinstance(layer, MergedLinear)
     return PackedLinear(layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias, activation)

@@ -23,7 +23,9 @@ class GPT2LMHead(nn.Module):
     def __init__(self, model_embeddings_weights: Tensor, config: GPT2Config) -> None:
         super().__init__()
         self.config = config
-        self.decoder = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False, device="meta")
+        self.decoder: nn.Module = nn.Linear(
+            config.n_embd, config.padded_vocab_size, bias=False, device="meta"
+        )
         self.set_embeddings_weights(model_embeddings_weights)
 
     def set_embeddings_weights(self, model_embeddings_weights: Tensor) -> None:

@@ -48,8 +48,8 @@ class Attention(nn.Module):
     def __init__(self, config: GPT2Config, name: str) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.fix_dropout
-        self.c_attn = linear(config, f"{name}.c_attn", config.n_embd, 3 * config.n_embd)
-        self.c_proj = linear(config, f"{name}.c_proj", config.n_embd, config.n_embd)
+        self.c_attn: nn.Module = linear(config, f"{name}.c_attn", config.n_embd, 3 * config.n_embd)
+        self.c_proj: nn.Module = linear(config, f"{name}.c_proj", config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.ln_1 = layer_norm(config)
         self.attn = Attention(config, f"{name}.attn")
         self.ln_2 = layer_norm(config)
-        self.mlp = MLP(config, f"{name}.mlp")
+        self.mlp: nn.Module = MLP(config, f"{name}.mlp")
         self.dropout = config.fix_dropout
 
     def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:

@@ -57,23 +57,13 @@ class Progress(Callback):
         self._start = self._printed = time.monotonic()
         self._tokens = 0
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._tokens += len(batch)
+    def on_decoded(self, total: int) -> None:
+        """One of the `total` contexts of this device is done."""
+        self._tokens += 1
         if self._due():
-            done, total = batch_idx + 1, int(trainer.num_predict_batches[0])
             speed = self._tokens / (self._printed - self._start)
-            _say(
-                f"  decoded {self._tokens} contexts, batch {done}/{total}"
-                f"  {speed:.1f} contexts/s  {self._left(done, total - done)} left"
-            )
+            left = self._left(self._tokens, total - self._tokens)
+            _say(f"  decoded {self._tokens}/{total}  {speed:.1f} contexts/s  {left} left")
 
     def _due(self) -> bool:
         now = time.monotonic()

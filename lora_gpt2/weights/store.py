@@ -59,13 +59,21 @@ class Description:
 
 
 def base_hash(model: GPT2LMModel) -> str:
-    """SHA-256 over names, shapes, types and bytes of the unmerged base weights."""
+    """`weights_hash` of the unmerged base alone."""
+    return _hash({name: value for name, value in model.weights().items() if not is_lora(name)})
+
+
+def weights_hash(model: GPT2LMModel) -> str:
+    """SHA-256 over names, shapes, types and bytes of the weights as they are."""
+    return _hash(model.weights())
+
+
+def _hash(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.weights().items()):
-        if not is_lora(name):
-            value = value.detach().cpu().contiguous()
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    for name, value in sorted(weights.items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

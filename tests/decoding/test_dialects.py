@@ -7,7 +7,7 @@ import torch
 from transformers import GPT2Config as HFConfig
 from transformers import GPT2LMHeadModel
 
-from lora_gpt2.decoding.config import DecodingSettings, Dialect, EarlyStopping, Strategy
+from lora_gpt2.decoding.config import DecodingSettings, Dialect, EarlyStopping
 from lora_gpt2.decoding.decoder import decode
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -64,7 +64,10 @@ def test_dialect_hf_equals_transformers(pair, seed):
             output_scores=True,
         )
         for hypothesis, sequence, score in zip(
-            found, expected.sequences[:, len(context) :].tolist(), expected.sequences_scores.tolist(), strict=True
+            found,
+            expected.sequences[:, len(context) :].tolist(),
+            expected.sequences_scores.tolist(),
+            strict=True,
         ):
             assert hypothesis.tokens == sequence[: len(hypothesis.tokens)], (settings, ends, context)
             assert hypothesis.score == pytest.approx(score, rel=1e-4, abs=1e-5)
