@@ -141,11 +141,11 @@ def measure(options: argparse.Namespace, program: str, model: str, folder: str) 
 
 
 def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path) -> Decode:
-    from lora_gpt2.conversion import open_base
     from lora_gpt2.decoding.config import DecodingSettings
     from lora_gpt2.decoding.decoder import decode
     from lora_gpt2.model.config import Precision
     from lora_gpt2.model.inference import prepare_for_decoding
+    from lora_gpt2.weights.pretrained import build_base, describe_base
 
     settings = DecodingSettings(
         beam_size=options.beams,
@@ -154,9 +154,10 @@ def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folde
         length_penalty=options.length_penalty,
         batch_size=batch,
     )
-    loaded = prepare_for_decoding(
-        open_base(str(model), None, None).model.to(options.device), Precision(dtype)
-    )
+    about = describe_base(str(model))
+    assert about is not None
+    loaded = build_base(about.gpt2_config, str(model), about.card, about.tokenizer, 0).to(options.device)
+    loaded = prepare_for_decoding(loaded, Precision(dtype))
     ends = options.ends or [loaded.config.vocab_size]
 
     def run(contexts: Contexts) -> list[list[int]]:

@@ -163,7 +163,7 @@ def _queries(settings: GenerateSettings, data: DataToText, models: Mapping[str, 
             what = f'asks for the adapter "{row.adapter}", loaded are: {known}'
             do = f"give its run: adapters={{{row.adapter}:RUN}}"
             raise UserError(f"{data.folder / settings.split}.jsonl:{line}", what, do)
-    queries = Queries(((row.adapter, row.context) for row in rows), longest)
+    queries = Queries(((row.adapter, row.context, row.require) for row in rows), longest)
     if settings.limit:
         queries.limit(settings.limit)
     return queries

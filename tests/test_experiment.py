@@ -1,6 +1,8 @@
 """The two scripts as a user starts them, from raw rows to scores."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from lora_gpt2 import runs
 from lora_gpt2.data.jsonl import read_text_rows
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
+from lora_gpt2.training.callbacks import Progress
 from tests.conftest import generate, settings_of, train
 
 ROOT = Path(__file__).parents[1]
@@ -204,3 +207,83 @@ def test_an_adapter_over_a_base_that_lacked_weights_finds_them_again(tmp_path, r
         train(tmp_path / "a", *common)
     train(tmp_path / "a", *common, "base_may_lack=[transformer.wpe.*]")
     assert generate(tmp_path / "out", *DECODING, f"adapter={tmp_path / 'a'}", f"data.root={tiny_corpus}")
+
+
+class KillAfter(Progress):
+    """Ends the process as `kill -9` does when so many outputs are on disk."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def on_decoded(self, total: int) -> None:
+        self.count -= 1
+        if not self.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_decoding_that_was_killed_goes_on(tmp_path, run, tiny_corpus, elsewhere):
+    """In its own folder by itself, in another one by resume=; nothing is lost, doubled or another text."""
+    common = [*DECODING, f"data.root={tiny_corpus}", f"adapter={run / 'adapter'}", "split=train",
+              "decoding.batch_size=2", "decoding.n_best=2"]  # fmt: skip
+    generate(tmp_path / "whole", *common)
+    kill = "+callbacks.kill={_target_: tests.test_experiment.KillAfter, count: 5}"
+    broken = script("generate", *common, kill, f"hydra.run.dir={tmp_path / 'broken'}")
+    assert broken.returncode == -signal.SIGKILL, broken.stderr
+    part = tmp_path / "broken" / ".part-0.jsonl"
+    before = part.read_text().splitlines()
+    assert len(before) == 1 + 5
+    with open(part, "a") as file:
+        file.write("[1, [[[3, 4")  # what was being written
+    if elsewhere:
+        folder = tmp_path / "resumed"
+        generate(folder, *common, f"resume={tmp_path / 'broken'}", "decoding.batch_size=3")
+    else:
+        folder = tmp_path / "broken"
+        generate(folder, *common)
+    for name in ("hypotheses.txt", "scores.json"):
+        assert (folder / name).read_text() == (tmp_path / "whole" / name).read_text()
+    whole, mended = (
+        [json.loads(line) for line in (place / "predictions.jsonl").read_text().splitlines()]
+        for place in (tmp_path / "whole", folder)
+    )
+    assert [line["id"] for line in mended] == list(range(41))
+    for one, other in zip(whole, mended, strict=True):
+        assert one["predict"] == other["predict"]
+        assert [n["tokens"] for n in one["n_best"]] == [n["tokens"] for n in other["n_best"]]
+        assert one["score"] == pytest.approx(other["score"], rel=1e-5)
+    assert not list(folder.glob(".part*"))
+
+
+def test_a_decoding_of_something_else_is_not_gone_on_with(tmp_path, run, tiny_corpus):
+    common = [*DECODING, f"data.root={tiny_corpus}", f"adapter={run / 'adapter'}"]
+    (tmp_path / ".part-0.jsonl").write_text('{"decoding": "other"}\n')
+    with pytest.raises(UserError, match="holds outputs of an interrupted decoding of something else"):
+        generate(tmp_path, *common)
+    with pytest.raises(UserError, match=r"resume: .*nowhere: there is no such folder"):
+        generate(tmp_path / "out", *common, f"resume={tmp_path / 'nowhere'}")
+
+
+@pytest.mark.parametrize(
+    "option", ["decoding.precision=bfloat16", "decoding=hf", "decoding=sample", "decoding=diverse"]
+)
+def test_every_way_of_decoding_runs(tmp_path, run, tiny_corpus, option):
+    assert generate(tmp_path, *DECODING[:3], option, "decoding.eval_len=16", f"adapter={run / 'adapter'}",
+                    f"data.root={tiny_corpus}")  # fmt: skip
+
+
+def test_a_row_gets_the_phrases_that_it_requires(tmp_path, run):
+    rows = [{"context": "red cat", "completion": "red cat !", "require": ["blue", "old tree"]},
+            {"context": "red cat", "completion": "red cat !"}]  # fmt: skip
+    (tmp_path / "rows").mkdir()
+    for split in ("test", "train"):
+        (tmp_path / "rows" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    generate(tmp_path / "out", *DECODING, f"data.root={tmp_path / 'rows'}", f"adapter={run / 'adapter'}")
+    first, second = (tmp_path / "out" / "hypotheses.txt").read_text().splitlines()
+    assert " blue" in f" {first}"
+    assert " old tree" in f" {first}"
+    assert "blue" not in second
+    (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({**rows[0], "require": "blue"}) + "\n")
+    with pytest.raises(UserError, match=r'test.jsonl:1: "require" must be a list of phrases, not "blue"'):
+        generate(tmp_path / "bad", *DECODING, f"data.root={tmp_path / 'rows'}", f"adapter={run / 'adapter'}")

@@ -1,4 +1,4 @@
-"""Every command and every line of Python that the README and docs/adapters.md show runs."""
+"""Every command and every line of Python that the README and the pages under docs/ show runs."""
 
 import json
 import re
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-ADAPTERS = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+PAGES = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("adapters.md", "decoding.md")]
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -24,7 +24,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("make ")]
-ABOUT_ADAPTERS = [line for block in blocks("bash", ADAPTERS) for line in block.splitlines()]
+ON_PAGES = [line for page in PAGES for block in blocks("bash", page) for line in block.splitlines()]
 SMALL = ["model.n_layer=1", "model.n_embd=16", "model.n_head=2", "trainer.max_steps=2", "data.batch_size=2",
          "data.eval_batch_size=2", "trainer.precision=32-true"]  # fmt: skip
 """What makes any training of the README a matter of seconds."""
@@ -82,15 +82,16 @@ def adapters(folder, run, tiny_corpus) -> Path:
     """The same place with a base and two adapters in outputs/, and ROWS, of which one chooses an adapter."""
     shutil.copytree(run, folder / "outputs", dirs_exist_ok=True)
     (folder / "ROWS").mkdir()
+    shutil.copy(tiny_corpus / "valid.jsonl", folder / "ROWS")
     rows = [json.loads(line) for line in (tiny_corpus / "test.jsonl").read_text().splitlines()]
     rows[0]["adapter"] = "other"
     (folder / "ROWS" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
-@pytest.mark.parametrize("command", ABOUT_ADAPTERS)
-def test_a_command_about_adapters_runs(command, adapters):
-    """In the order of the page; training as in the README, decoding shortened."""
+@pytest.mark.parametrize("command", ON_PAGES)
+def test_a_command_of_a_page_runs(command, adapters):
+    """In the order of the pages; training as in the README, decoding shortened."""
     arguments = small(command)
     if "generate.py" in command:
         arguments += ["data.seq_len=64", "limit=2"]

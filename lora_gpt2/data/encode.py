@@ -177,7 +177,12 @@ def _encode(corpus: str, inputs: dict[str, Input], tokenizer: Tokenizer, output:
         if source.ids is not None:
             rows = list(read_rows(source.ids, tokenizer.vocab_size))
             texts = [
-                TextRow(tokenizer.clean(row.context), tokenizer.clean(row.completion), adapter=row.adapter)
+                TextRow(
+                    tokenizer.clean(row.context),
+                    tokenizer.clean(row.completion),
+                    adapter=row.adapter,
+                    require=tuple(tokenizer.clean(phrase) for phrase in row.require),
+                )
                 for row in rows
             ]
         else:
@@ -199,7 +204,12 @@ def _encode_rows(texts: list[TextRow], tokenizer: Tokenizer) -> list[Row]:
     contexts = dict(zip(distinct, tokenizer.encode_batch(distinct), strict=True))
     completions = tokenizer.encode_batch([_said(row) for row in texts])
     return [
-        Row(contexts[row.context] + end, completion + end, row.adapter)
+        Row(
+            contexts[row.context] + end,
+            completion + end,
+            row.adapter,
+            tuple(tokenizer.encode(f" {phrase.strip()}") for phrase in row.require),
+        )
         for row, completion in zip(texts, completions, strict=True)
     ]
 

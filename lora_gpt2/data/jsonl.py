@@ -18,6 +18,8 @@ class Row(NamedTuple):
     completion: list[int]
     adapter: str = ""
     """Which adapter decodes it, where several are loaded."""
+    require: tuple[list[int], ...] = ()
+    """Phrases that its output must contain."""
 
 
 class TextRow(NamedTuple):
@@ -28,6 +30,8 @@ class TextRow(NamedTuple):
     part: str = ""
     """seen or unseen, where a corpus tells these apart."""
     adapter: str = ""
+    """As in `Row`."""
+    require: tuple[str, ...] = ()
     """As in `Row`."""
 
 
@@ -40,7 +44,11 @@ def read_rows(path: str | Path, vocab_size: int | None = None) -> Iterator[Row]:
     for where, value in _objects(path, ENCODE_AGAIN):
         adapter = _text(where, value, "adapter", ENCODE_AGAIN) if "adapter" in value else ""
         context, completion = (_ids(where, value, key, vocab_size) for key in ("context", "completion"))
-        yield Row(context, completion, adapter)
+        require = tuple(
+            _ids(where, {"require": phrase}, "require", vocab_size)
+            for phrase in _list(where, value, "require", ENCODE_AGAIN)
+        )
+        yield Row(context, completion, adapter, require)
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
@@ -48,26 +56,32 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> int:
 
     def value(row: Row) -> dict[str, Any]:
         pair = {"context": row.context, "completion": row.completion}
-        return {**pair, "adapter": row.adapter} if row.adapter else pair
+        others = {"adapter": row.adapter, "require": row.require}
+        return {**pair, **{key: value for key, value in others.items() if value}}
 
     return _write(path, map(value, rows))
 
 
 def read_text_rows(path: str | Path) -> Iterator[TextRow]:
-    """The rows of a text JSONL file: ``{"context": str, "completion": str}``, perhaps a part, an adapter.
+    """The rows of a text JSONL file: ``{"context": str, "completion": str}``, perhaps with a part,
+    an adapter, and texts to require.
 
     Raises UserError at the first line that is not such a row.
     """
     do = 'each line needs the texts "context" and "completion"'
     for where, value in _objects(path, do):
         others = {key: _text(where, value, key, do) for key in ("part", "adapter") if key in value}
-        yield TextRow(*(_text(where, value, key, do) for key in ("context", "completion")), **others)
+        require = tuple(
+            _text(where, {"require": phrase}, "require", do) for phrase in _list(where, value, "require", do)
+        )
+        context, completion = (_text(where, value, key, do) for key in ("context", "completion"))
+        yield TextRow(context, completion, require=require, **others)
 
 
 def write_text_rows(path: str | Path, rows: Iterable[TextRow]) -> int:
     """Writes text JSONL, whole or not at all; returns the number of rows."""
 
-    def value(row: TextRow) -> dict[str, str]:
+    def value(row: TextRow) -> dict[str, Any]:
         return {key: text for key, text in row._asdict().items() if text or key in ("context", "completion")}
 
     return _write(path, map(value, rows))
@@ -115,6 +129,13 @@ def _text(where: str, value: dict[str, Any], key: str, do: str) -> str:
         what = f'"{key}" holds half of a character (a lone surrogate at {error.start})'
         raise UserError(where, what, do) from None
     return text
+
+
+def _list(where: str, value: dict[str, Any], key: str, do: str) -> list[Any]:
+    found = value.get(key, [])
+    if not isinstance(found, list):
+        raise UserError(where, f'"{key}" must be a list of phrases, not {_brief(found)}', do)
+    return found
 
 
 def _ids(where: str, value: dict[str, Any], key: str, vocab_size: int | None) -> list[int]:

@@ -6,13 +6,14 @@ the next, so that queries may come and go. K beams, V vocabulary, L longest outp
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_gpt2.decoding.choices import chances, drawn, top_log_probs
 from lora_gpt2.decoding.config import DecodingSettings, Dialect, EarlyStopping, Strategy
+from lora_gpt2.decoding.phrases import Candidate, Phrases, allocate, missing, wanted
 from lora_gpt2.decoding.rules import forbid, forbid_repeated_ngrams, penalise_repetition
 
 Head = Callable[[Tensor], Tensor]
@@ -97,6 +98,7 @@ class Search:
         self.said_size = context_size if self.hf else 0
         self.candidates = settings.beam_size * (max(2, 1 + len(end_tokens)) if self.hf else 1)
         self.ends = torch.tensor(end_tokens, device=device)
+        self._end_tokens = frozenset(end_tokens)
         lengths = range(1, settings.eval_len + 1)
         self.norms = torch.tensor([0.0, *(n**settings.length_penalty for n in lengths)], device=device)
 
@@ -124,14 +126,19 @@ class Search:
             best_log_probs=torch.zeros(count, kept, longest, device=device),
         )
 
-    def extend(self, beams: Beams, hidden: Tensor, head: Head) -> tuple[Beams, Tensor]:
+    def extend(
+        self, beams: Beams, hidden: Tensor, head: Head, phrases: Sequence[Phrases] = ()
+    ) -> tuple[Beams, Tensor]:
         """Adds a token to each beam: the beams' next state and their parents (Q, K).
 
-        `hidden` (Q * K, C) are what `head` makes logits of, for some rows at a time.
+        `hidden` (Q * K, C) are what `head` makes logits of, for some rows at a time. `phrases`, for each
+        query, must be in its outputs; an output that ends without them competes only where no other does.
         Raises ValueError when there are fewer tokens than are to be chosen.
         """
         if self.settings.strategy is Strategy.sample:
             choice = self._drawn(beams, hidden, head)
+        elif any(phrases):
+            choice = self._with_phrases(beams, hidden, head, phrases)
         else:
             choice = self._best(beams, hidden, head)
         after = replace(beams, lengths=beams.lengths + 1)
@@ -139,6 +146,8 @@ class Search:
         width = self.settings.beam_size
         ended = torch.isin(choice.tokens, self.ends)
         competing = (ended | last)[:, :width]
+        if any(phrases):
+            competing = competing & self._may_compete(beams, choice, phrases, competing)
         if competing.any():
             self._offer(after, beams, choice, competing)
         if self.hf:  # as many living beams however many have ended
@@ -164,8 +173,7 @@ class Search:
     def _best(self, beams: Beams, hidden: Tensor, head: Head) -> _Choice:
         """The best continuations of each query, best first."""
         queries, alive = beams.running.shape
-        found = [self._top(beams, rows, head(hidden[rows])) for rows in self._parts(len(hidden))]
-        log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+        log_probs, tokens = self._candidates(beams, hidden, head)
         log_probs, tokens = log_probs.view(queries, alive, -1), tokens.view(queries, alive, -1)
         groups = self.settings.beam_groups
         chosen: list[_Choice] = []
@@ -174,15 +182,26 @@ class Search:
             chosen.append(self._best_of(beams, log_probs, tokens, members, chosen))
         return _Choice(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True)))
 
-    def _top(self, beams: Beams, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and tokens (N, M) of the likeliest continuations of these rows of beams."""
+    def _candidates(
+        self, beams: Beams, hidden: Tensor, head: Head, also: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and tokens (Q * K, M) of each beam's likeliest continuations, and of `also`."""
+        parts = [
+            self._top(beams, rows, head(hidden[rows]), None if also is None else also[rows])
+            for rows in self._parts(len(hidden))
+        ]
+        log_probs, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+        return log_probs, tokens
+
+    def _top(self, beams: Beams, rows: slice, logits: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same of these rows of all beams."""
         if self.candidates > logits.size(1):
             what = f"beam_size {self.settings.beam_size} is larger than the vocabulary of"
             raise ValueError(f"{what} {logits.size(1)}" + " allows" * self.hf)
         if self.hf:  # transformers applies its rules to log-probabilities
             logits = logits.log_softmax(dim=1, dtype=torch.float32)
         self._apply_rules(beams, rows, logits)
-        log_probs, tokens = top_log_probs(logits, self.candidates, normalised=self.hf)
+        log_probs, tokens = top_log_probs(logits, self.candidates, also, normalised=self.hf)
         return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf), tokens  # nan: all was forbidden
 
     def _parts(self, rows: int) -> list[slice]:
@@ -198,12 +217,65 @@ class Search:
         running = (beams.running[:, members, None] + log_probs).flatten(1)  # (Q, members * M)
         worth = running
         for choice in earlier:
-            same = tokens[:, :, None] == choice.tokens[:, None]  # (Q, members * M, M / groups)
+            alive = choice.running > -torch.inf
+            same = (tokens[:, :, None] == choice.tokens[:, None]) & alive[:, None]  # (Q, members * M, -)
             worth = worth - self.settings.diversity_penalty * same.sum(dim=2)
         order = worth.sort(dim=1, descending=True, stable=True).indices
         order = order[:, : count // self.settings.beam_groups]
         parents = order // count + members.start
         return _Choice(parents, *(x.gather(1, order) for x in (tokens, log_probs.flatten(1), running)))
+
+    def _with_phrases(self, beams: Beams, hidden: Tensor, head: Head, phrases: Sequence[Phrases]) -> _Choice:
+        """As `_best`, the beams of each query shared out by how much of its phrases they have said."""
+        alive, width = beams.running.size(1), self.settings.beam_size
+        histories = [
+            [tokens[:length] for tokens in query]
+            for query, length in zip(beams.tokens.tolist(), beams.lengths.tolist(), strict=True)
+        ]
+        asked = [
+            wanted(tokens, own) for query, own in zip(histories, phrases, strict=True) for tokens in query
+        ]
+        most = max(map(len, asked))
+        also = torch.tensor([[*tokens, *[-1] * (most - len(tokens))] for tokens in asked]).to(
+            self.device, torch.long
+        )
+        log_probs, tokens = self._candidates(beams, hidden, head, also)
+        sums = beams.running.flatten()[:, None] + log_probs
+        table = tokens.tolist(), log_probs.tolist(), sums.tolist()
+        found: list[list[Candidate]] = []
+        for query, own in enumerate(histories):
+            candidates = [
+                Candidate(parent, *values)
+                for parent in range(alive)
+                for values in zip(*(column[query * alive + parent] for column in table), strict=True)
+            ]
+            possible = [
+                candidate
+                for candidate in candidates
+                if candidate.running > -torch.inf
+                and self._may_end(candidate.token, own[candidate.parent], phrases[query])
+            ]
+            best = allocate(possible, own, phrases[query], width)
+            found.append([*best, *[Candidate(0, 0, -torch.inf, -torch.inf)] * (width - len(best))])
+        return _Choice(*(torch.tensor(part, device=self.device) for part in _columns(found)))
+
+    def _may_end(self, token: int, history: list[int], phrases: Phrases) -> bool:
+        return token not in self._end_tokens or not missing([*history, token], phrases)
+
+    def _may_compete(
+        self, beams: Beams, choice: _Choice, phrases: Sequence[Phrases], competing: Tensor
+    ) -> Tensor:
+        """(Q, K) whether the output holds its phrases, or no output of the query does."""
+        tokens, _ = _extended(beams, choice)
+        whole = torch.tensor(
+            [
+                [not missing(row[: length + 1], own) for row in query]
+                for query, length, own in zip(tokens.tolist(), beams.lengths.tolist(), phrases, strict=True)
+            ],
+            device=self.device,
+        )
+        none_yet = beams.best_scores[:, :1].isneginf() & ~(whole & competing).any(dim=1, keepdim=True)
+        return whole | none_yet
 
     def _drawn(self, beams: Beams, hidden: Tensor, head: Head) -> _Choice:
         """One continuation of each beam, by chance."""
@@ -253,6 +325,11 @@ def _extended(beams: Beams, choice: _Choice) -> tuple[Tensor, Tensor]:
     tokens = _rows(beams.tokens, choice.parents).scatter_(2, last, choice.tokens[..., None])
     log_probs = _rows(beams.log_probs, choice.parents).scatter_(2, last, choice.log_probs[..., None])
     return tokens, log_probs
+
+
+def _columns(queries: list[list[Candidate]]) -> list[list[list[Any]]]:
+    """Parents, tokens, log-probabilities and sums, each (Q, K)."""
+    return [[[getattr(one, name) for one in query] for query in queries] for name in Candidate._fields]
 
 
 def _rows(sequences: Tensor, rows: Tensor) -> Tensor:

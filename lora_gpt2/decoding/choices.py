@@ -29,13 +29,24 @@ def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, torch.cat((tokens, rest), dim=1).gather(1, places)
 
 
-def top_log_probs(scores: Tensor, count: int, normalised: bool = False) -> tuple[Tensor, Tensor]:
-    """`top` of the log-softmax in float32, or of `normalised` scores as they are."""
-    if normalised:
-        return top(scores, count)
+def top_log_probs(
+    scores: Tensor, count: int, also: Tensor | None = None, normalised: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`top` of the log-softmax in float32, or of `normalised` scores as they are.
+
+    `also` (N, R) are tokens to be given behind them whatever their rank; -1: none, at -inf.
+    """
     size = 16 if scores.device.type == "cpu" else len(scores)  # what the caches hold
-    parts = [top(part.log_softmax(dim=1, dtype=torch.float32), count) for part in torch.split(scores, size)]
-    values, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+    found = []
+    for start in range(0, len(scores), size):
+        rows = slice(start, start + size)
+        part = scores[rows] if normalised else scores[rows].log_softmax(dim=1, dtype=torch.float32)
+        values, tokens = top(part, count)
+        if also is not None:
+            asked = part.gather(1, also[rows].clamp(min=0)).masked_fill(also[rows] < 0, -torch.inf)
+            values, tokens = torch.cat((values, asked), dim=1), torch.cat((tokens, also[rows]), dim=1)
+        found.append((values, tokens))
+    values, tokens = (torch.cat(part) for part in zip(*found, strict=True))
     return values, tokens
 
 
@@ -49,9 +60,9 @@ def chances(settings: DecodingSettings, numbers: Sequence[int]) -> Tensor:
 
 
 def drawn(scores: Tensor, uniform: Tensor, settings: DecodingSettings) -> tuple[Tensor, Tensor]:
-    """A token of each row of `scores` (N, V) by its chance (N,), and its log-probability, (N,) each.
+    """For each chance (N, D) a token of its row of `scores` (N, V), and its log-probability: (N, D) each.
 
-    The log-probability is the model's, before `temperature`, `top_k` and `top_p`.
+    The log-probability, given first, is the model's, before `temperature`, `top_k` and `top_p`.
     """
     warped, tokens = scores / settings.temperature, None
     if settings.top_k or settings.top_p < 1:
@@ -62,8 +73,8 @@ def drawn(scores: Tensor, uniform: Tensor, settings: DecodingSettings) -> tuple[
     if settings.top_p < 1:
         within = below - probabilities < settings.top_p  # the first always is
         below = (probabilities * within).cumsum(dim=1)
-    target = uniform[:, None].double() * below[:, -1:]
-    place = torch.searchsorted(below, target, right=True).clamp(max=below.size(1) - 1)
-    token = place if tokens is None else tokens.gather(1, place)
-    log_probs = scores.gather(1, token) - scores.logsumexp(dim=1, keepdim=True)
-    return log_probs.squeeze(1).nan_to_num(nan=-torch.inf, neginf=-torch.inf), token.squeeze(1)
+    places = torch.searchsorted(below, uniform.double() * below[:, -1:], right=True)
+    places = places.clamp(max=below.size(1) - 1)
+    chosen = places if tokens is None else tokens.gather(1, places)
+    log_probs = scores.gather(1, chosen) - scores.logsumexp(dim=1, keepdim=True)
+    return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf), chosen

@@ -67,8 +67,8 @@ class DecodingSettings:
     """Of strategy=sample."""
     precision: Precision = Precision.float32
     """float32, or bfloat16: faster, and a few outputs differ."""
-    batch_size: int = 16
-    """Queries decoded side by side; changes speed, never results."""
+    batch_size: int | None = None
+    """Queries decoded side by side, which changes speed and memory alone; null: by the free memory."""
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -82,8 +82,8 @@ class DecodingSettings:
             "top_k": 0,
             "batch_size": 1,
         }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"decoding.{name} must be at least {least}, not {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"decoding.{name} must be at least {least}, not {value}")
         for name in ("repetition_penalty", "temperature", "top_p"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"decoding.{name} must be above 0, not {getattr(self, name)}")

@@ -2,40 +2,59 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
+import psutil
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_gpt2.decoding.beam import Hypothesis, Search
 from lora_gpt2.decoding.config import DecodingSettings
+from lora_gpt2.decoding.phrases import Phrases
 from lora_gpt2.model.cache import BeamTree, RowCache
 from lora_gpt2.model.language_model import GPT2LMModel
 
 
+class Query(NamedTuple):
+    number: int
+    context: Sequence[int]
+    adapter: str = ""
+    phrases: Phrases = ()
+    """Tokens of phrases that the output must contain."""
+
+
 def decode(
-    model: GPT2LMModel, contexts: Sequence[Sequence[int]], settings: DecodingSettings, end_tokens: list[int]
+    model: GPT2LMModel,
+    contexts: Sequence[Sequence[int]],
+    settings: DecodingSettings,
+    end_tokens: list[int],
+    phrases: Sequence[Phrases] = (),
 ) -> list[list[Hypothesis]]:
     """The best outputs of each context, best first, whatever else is decoded. `model` is in eval mode.
 
+    `phrases`, for each context, are token lists that its outputs must contain.
+
     Raises ValueError when a context and `eval_len` together exceed the model's positions.
     """
-    found = dict(decode_stream(model, enumerate(contexts), settings, end_tokens))
+    asked = zip(contexts, phrases or [()] * len(contexts), strict=True)
+    queries = (Query(number, context, phrases=own) for number, (context, own) in enumerate(asked))
+    found = dict(decode_stream(model, queries, settings, end_tokens))
     return [found[number] for number in range(len(contexts))]
 
 
 @torch.inference_mode()
 def decode_stream(
     model: GPT2LMModel,
-    queries: Iterable[tuple[int, Sequence[int]]],
+    queries: Iterable[Query],
     settings: DecodingSettings,
     end_tokens: list[int],
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
-    """(number, best outputs) of each (number, context), in the order in which they are done.
+    """(number, best outputs) of each query, in the order in which they are done; adapters are not looked at.
 
     `batch_size` queries are decoded at a time; the next ones are read when there is room for them.
     """
     waiting = iter(queries)
-    fresh = list(islice(waiting, settings.batch_size))
+    fresh = list(islice(waiting, settings.batch_size or fitting_batch(model, settings)))
     if not fresh:
         return
     pool = _Pool(model, settings, end_tokens, len(fresh))
@@ -50,6 +69,18 @@ def decode_stream(
         fresh = list(islice(waiting, room)) if enough else []
         if enough and not fresh:
             pool.shrink()
+
+
+def fitting_batch(model: GPT2LMModel, settings: DecodingSettings) -> int:
+    """Queries that keep the processor busy, and whose keys and values fit into half of the free memory."""
+    weight, config = model.transformer.wte.weight, model.config
+    tokens = config.n_ctx - settings.eval_len + settings.beam_size * settings.eval_len  # at most
+    size = 2 * config.n_layer * config.n_embd * tokens * weight.element_size()
+    if weight.is_cuda:
+        rows, free = 2560, torch.cuda.mem_get_info(weight.device)[0]
+    else:
+        rows, free = 160, psutil.virtual_memory().available
+    return max(1, min(rows // settings.beam_size, free // 2 // size))
 
 
 _SHARE = 4
@@ -69,16 +100,19 @@ class _Pool:
         self.contexts = torch.zeros(places, dtype=torch.long, device=self.device)  # (P,) lengths
         self.parents = torch.zeros(places, settings.beam_size, dtype=torch.long, device=self.device)
         self.beams = self.search.start([0] * places, [[]] * places, settings.beam_size)
+        self.phrases: list[Phrases] = [()] * places
         self.tree: BeamTree | None = None
 
-    def admit(self, queries: Sequence[tuple[int, Sequence[int]]]) -> None:
+    def admit(self, queries: Sequence[Query]) -> None:
         """Runs the contexts and chooses their first tokens."""
         free = [place for place in range(self.places) if place not in self.numbers][: len(queries)]
-        self.numbers |= zip(free, (number for number, _ in queries), strict=True)
+        self.numbers |= zip(free, (query.number for query in queries), strict=True)
+        for place, query in zip(free, queries, strict=True):
+            self.phrases[place] = query.phrases
         places = torch.tensor(free, device=self.device)
-        lengths = torch.tensor([len(context) for _, context in queries], device=self.device)
+        lengths = torch.tensor([len(query.context) for query in queries], device=self.device)
         self._check(int(lengths.max()))
-        rows = [torch.tensor(context, device=self.device) for _, context in queries]
+        rows = [torch.tensor(query.context, device=self.device) for query in queries]
         caches = [RowCache() for _ in self.model.transformer.h]
         hidden = self.model.transformer.hidden_states(pad_sequence(rows, batch_first=True), caches=caches)
         presents = [cache.present for cache in caches if cache.present is not None]
@@ -86,8 +120,9 @@ class _Pool:
             self.tree = BeamTree(len(caches), self.places, self.parents.size(1), presents[0])
         self.tree.admit(places, lengths, presents)
         last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
-        start = self.search.start([number for number, _ in queries], [context for _, context in queries])
-        beams, self.parents[places] = self.search.extend(start, last, self.model.lm_head)
+        start = self.search.start([query.number for query in queries], [query.context for query in queries])
+        phrases = [query.phrases for query in queries]
+        beams, self.parents[places] = self.search.extend(start, last, self.model.lm_head, phrases)
         self.beams.put(places, beams)
         self.contexts[places] = lengths
 
@@ -100,7 +135,7 @@ class _Pool:
         tokens = beams.tokens.gather(2, last[:, None, None].expand(*self.parents.shape, 1))  # (P, K, 1)
         positions = (self.contexts + last).repeat_interleave(self.parents.size(1))[:, None]
         hidden = self.model.transformer.hidden_states(tokens.flatten(0, 1), positions, self.tree.layers)
-        self.beams, self.parents = self.search.extend(beams, hidden[:, 0], self.model.lm_head)
+        self.beams, self.parents = self.search.extend(beams, hidden[:, 0], self.model.lm_head, self.phrases)
         self._clear(place for place in range(self.places) if place not in self.numbers)
 
     def take_done(self) -> Iterator[tuple[int, list[Hypothesis]]]:
@@ -109,6 +144,7 @@ class _Pool:
         places = [place for place in self.numbers if done[place]]
         for place in places:
             yield self.numbers.pop(place), self.beams.hypotheses(place, self.search.settings.n_best)
+            self.phrases[place] = ()
         self._clear(places)
 
     def shrink(self) -> None:
@@ -118,6 +154,7 @@ class _Pool:
         self.numbers = {row: self.numbers[place] for row, place in enumerate(places)}
         self.places, self.beams = len(places), self.beams.keep(rows)
         self.contexts, self.parents = self.contexts[rows], self.parents[rows]
+        self.phrases = [self.phrases[place] for place in places]
         if self.tree is not None:
             self.tree.keep(rows)
 

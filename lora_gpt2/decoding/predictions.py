@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 from lightning import LightningModule
 from torch import nn
@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from lora_gpt2.decoding.beam import Hypothesis
 from lora_gpt2.decoding.config import DecodingSettings
-from lora_gpt2.decoding.decoder import decode_stream
+from lora_gpt2.decoding.decoder import Query, decode_stream
+from lora_gpt2.decoding.phrases import Phrases
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import replacing
 from lora_gpt2.model.inference import prepare_for_decoding
@@ -25,31 +26,31 @@ _CHUNK = 1024
 """Queries that are handed to a rank at a time; the last ones of each leave places idle."""
 
 
-class Query(NamedTuple):
-    number: int
-    context: list[int]
-    adapter: str = ""
-
-
 class Queries(Dataset[list[Query]]):
     """What a split asks for: its different contexts in order of first appearance.
 
-    ``of_row``: which one a row has; ``adapters``: whom each one asks, the same context with two adapters
-    being two queries. Of a context four bytes a token are held.
+    ``of_row``: which one a row has; ``adapters`` and ``phrases``: whom each one asks and what its output must
+    contain; the same context with other ones is another query. Of a context four bytes a token are held.
     """
 
-    def __init__(self, rows: Iterable[tuple[str, Sequence[int]]], longest: int) -> None:
-        """`rows`: (adapter, context). A context is cut to its last `longest` tokens; ``cut`` counts those."""
+    def __init__(self, rows: Iterable[tuple[str, Sequence[int], Phrases]], longest: int) -> None:
+        """`rows`: (adapter, context, phrases). A context is cut to its last `longest` tokens;
+        ``cut`` counts those.
+        """
         numbers: dict[bytes, int] = {}
         self.of_row: dict[int, int] = {}
         self.adapters: list[str] = []
+        self.phrases: dict[int, Phrases] = {}  # few have any
         self._tokens, self._ends = array("i"), array("q", [0])
         self.cut = 0
-        for row, (adapter, context) in enumerate(rows):
-            digest = sha256(adapter.encode() + b"\0" + array("i", context).tobytes()).digest()
+        for row, (adapter, context, phrases) in enumerate(rows):
+            told = json.dumps([adapter, phrases]).encode() + array("i", context).tobytes()
+            digest = sha256(told).digest()
             number = self.of_row[row] = numbers.setdefault(digest, len(numbers))
             if number == len(self.adapters):
                 self.adapters.append(adapter)
+                if phrases:
+                    self.phrases[number] = phrases
                 self._tokens.extend(context[-longest:])
                 self._ends.append(len(self._tokens))
                 self.cut += len(context) > longest
@@ -58,7 +59,10 @@ class Queries(Dataset[list[Query]]):
         return len(self.adapters)
 
     def __getitem__(self, numbers: Sequence[int]) -> list[Query]:
-        return [Query(number, self.context(number), self.adapters[number]) for number in numbers]
+        return [
+            Query(number, self.context(number), self.adapters[number], self.phrases.get(number, ()))
+            for number in numbers
+        ]
 
     def context(self, number: int) -> list[int]:
         return self._tokens[self._ends[number] : self._ends[number + 1]].tolist()
@@ -88,7 +92,8 @@ class Queries(Dataset[list[Query]]):
 
     def digest(self) -> str:
         """SHA-256 of all contexts and whom they ask."""
-        parts = json.dumps(self.adapters).encode(), self._tokens.tobytes(), self._ends.tobytes()
+        named = json.dumps([self.adapters, list(self.phrases.items())])
+        parts = named.encode(), self._tokens.tobytes(), self._ends.tobytes()
         return sha256(b"\0".join(parts)).hexdigest()
 
 
@@ -117,8 +122,7 @@ class Decoding(LightningModule):
     def predict_step(self, batch: list[Query], batch_idx: int) -> None:
         for name, group in groupby(batch, key=lambda query: query.adapter):
             model = cast(GPT2LMModel, self.models[self.names.index(name)])
-            queries = ((query.number, query.context) for query in group)
-            for number, outputs in decode_stream(model, queries, self.settings, self.end_tokens):
+            for number, outputs in decode_stream(model, group, self.settings, self.end_tokens):
                 self.done(number, outputs)
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:

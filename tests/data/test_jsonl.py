@@ -9,16 +9,25 @@ from lora_gpt2.errors import UserError
 
 IDS = st.lists(st.integers(0, 50256), min_size=1, max_size=20)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+PARTS = st.sampled_from(["", "seen", "unseen"])
 
 
-@given(rows=st.lists(st.builds(Row, IDS, IDS), min_size=1, max_size=5))
+@given(
+    rows=st.lists(
+        st.builds(Row, IDS, IDS, TEXT, st.lists(IDS, max_size=2).map(tuple)), min_size=1, max_size=5
+    )
+)
 def test_rows_survive_writing_and_reading(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "train.jsonl"
     assert write_rows(path, rows) == len(rows)
     assert list(read_rows(path, 50257)) == rows
 
 
-@given(rows=st.lists(st.builds(TextRow, TEXT, TEXT, st.sampled_from(["", "seen", "unseen"])), min_size=1))
+@given(
+    rows=st.lists(
+        st.builds(TextRow, TEXT, TEXT, PARTS, TEXT, st.lists(TEXT, max_size=2).map(tuple)), min_size=1
+    )
+)
 def test_text_rows_survive_line_ends_and_any_character(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "train.text.jsonl"
     assert write_text_rows(path, rows) == len(rows)

@@ -1,10 +1,11 @@
 """Decoding with caches and merged adapters against running the whole sequence again."""
 
+import psutil
 import pytest
 import torch
 
 from lora_gpt2.decoding.config import DecodingSettings
-from lora_gpt2.decoding.decoder import decode
+from lora_gpt2.decoding.decoder import Query, decode, decode_stream, fitting_batch
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 
@@ -74,3 +75,32 @@ def test_a_padded_vocabulary_changes_no_beam(model):
     padded.transformer.wte.weight.data[13:] = 9.0  # would win everywhere, were they asked
     settings = DecodingSettings(beam_size=4, eval_len=16)
     assert decode(padded, CONTEXTS, settings, [END]) == decode(model, CONTEXTS, settings, [END])
+
+
+def test_the_batch_is_chosen_by_beams_and_free_memory(model, monkeypatch):
+    memory = psutil.virtual_memory()
+    sizes = {}
+    for free in (10**12, 10**6, 0):
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
+        sizes[free] = [fitting_batch(model, DecodingSettings(beam_size=n, eval_len=16)) for n in (1, 10)]
+    assert sizes[10**12] == [160, 16]
+    assert 1 < sizes[10**6][1] < 16
+    assert sizes[0] == [1, 1]
+
+
+def test_queries_are_read_only_when_there_is_room(model):
+    read = 0
+
+    def queries():
+        nonlocal read
+        for number in range(100):
+            read += 1
+            yield Query(number, CONTEXTS[number % 4])
+
+    settings = DecodingSettings(beam_size=2, eval_len=16, batch_size=4)
+    found = {}
+    for number, outputs in decode_stream(model, queries(), settings, [END]):
+        found[number] = outputs[0].tokens
+        assert read <= len(found) + 4
+    assert len(found) == 100
+    assert all(found[i] == found[i % 4] for i in found)

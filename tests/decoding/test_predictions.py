@@ -7,7 +7,7 @@ from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.predictions import Parts, Queries, write_predictions
 from lora_gpt2.errors import UserError
 
-CONTEXTS = [("", context) for context in ([1, 2], [3], [1, 2], [4, 5, 6, 7], [3])]
+CONTEXTS = [("", context, ()) for context in ([1, 2], [3], [1, 2], [4, 5, 6, 7], [3])]
 
 
 def test_each_different_context_is_asked_once():
@@ -15,29 +15,29 @@ def test_each_different_context_is_asked_once():
     assert [queries.context(i) for i in range(3)] == [[1, 2], [3], [5, 6, 7]]  # the last tokens of a long one
     assert queries.of_row == {0: 0, 1: 1, 2: 0, 3: 2, 4: 1}
     assert (len(queries), queries.cut) == (3, 1)
-    assert queries[[2, 0]] == [(2, [5, 6, 7], ""), (0, [1, 2], "")]
+    assert queries[[2, 0]] == [(2, [5, 6, 7], "", ()), (0, [1, 2], "", ())]
 
 
 def test_contexts_that_are_equal_only_after_cutting_stay_apart():
-    assert len(Queries([("", [9, 1, 2]), ("", [8, 1, 2])], longest=2)) == 2
+    assert len(Queries([("", [9, 1, 2], ()), ("", [8, 1, 2], ())], longest=2)) == 2
 
 
-def test_a_context_asked_of_two_adapters_is_two_queries():
-    queries = Queries([("a", [1]), ("b", [1]), ("a", [1])], longest=4)
-    assert queries.of_row == {0: 0, 1: 1, 2: 0}
-    assert queries[[0, 1]] == [(0, [1], "a"), (1, [1], "b")]
+def test_a_context_asked_of_two_adapters_or_with_other_phrases_is_two_queries():
+    queries = Queries([("a", [1], ()), ("b", [1], ()), ("a", [1], ()), ("a", [1], [[5]])], longest=4)
+    assert queries.of_row == {0: 0, 1: 1, 2: 0, 3: 2}
+    assert queries[[0, 1, 2]] == [(0, [1], "a", ()), (1, [1], "b", ()), (2, [1], "a", [[5]])]
 
 
 def test_a_limit_keeps_the_first_contexts_and_all_their_rows():
     queries = Queries(CONTEXTS, longest=9)
     queries.limit(2)
     assert queries.of_row == {0: 0, 1: 1, 2: 0, 4: 1}
-    assert queries[[0, 1]] == [(0, [1, 2], ""), (1, [3], "")]
+    assert queries[[0, 1]] == [(0, [1, 2], "", ()), (1, [3], "", ())]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
 def test_ranks_share_what_is_left_by_length(ranks):
-    queries = Queries([("", [i] * (i % 7 + 1)) for i in range(50)], longest=9)
+    queries = Queries([("", [i] * (i % 7 + 1), ()) for i in range(50)], longest=9)
     finished = set(range(0, 50, 4))
     shares = [[n for chunk in queries.share(r, ranks, finished) for n in chunk] for r in range(ranks)]
     assert sorted(n for share in shares for n in share) == sorted(set(range(50)) - finished)
@@ -101,7 +101,7 @@ def test_outputs_of_something_else_are_not_gone_on_from(tmp_path):
 
 
 def test_every_row_has_its_line(tmp_path):
-    queries = Queries([("", [1]), ("a", [2]), ("", [1])], longest=2)
+    queries = Queries([("", [1], ()), ("a", [2], ()), ("", [1], ())], longest=2)
     parts = Parts(tmp_path, "f")
     parts.write(0, 0, [Hypothesis([6], -0.5, [-0.5]), Hypothesis([7], -0.75, [-0.75])])
     parts.write(0, 1, [Hypothesis([5, 9], -0.25, [-0.25, -0.25])])
