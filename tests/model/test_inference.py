@@ -16,7 +16,7 @@ def build(**options) -> GPT2LMModel:
     torch.manual_seed(0)
     model = GPT2LMModel(GPT2Config(29, 64, 64, 32, 2, 4, initializer_range=0.2, lora_attn_dim=2, **options))
     for layer in model.lora_layers():
-        torch.nn.init.normal_(layer.lora_B)
+        torch.nn.init.normal_(layer.lora_B, std=0.002)
     return model.eval()
 
 
