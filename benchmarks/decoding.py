@@ -161,7 +161,10 @@ def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folde
     ends = options.ends or [loaded.config.vocab_size]
 
     def run(contexts: Contexts) -> list[list[int]]:
-        return [found[0].tokens for found in decode(loaded, contexts, settings, ends)]
+        order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
+        found = decode(loaded, [contexts[i] for i in order], settings, ends)
+        outputs = {i: best[0].tokens for i, best in zip(order, found, strict=True)}
+        return [outputs[i] for i in range(len(contexts))]
 
     return run
 

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lora_gpt2.decoding.config import DecodingSettings, Strategy
 
+_CACHED = 800_000
+"""Scores that a processor's caches hold."""
+
 _GROUP = 128
 """Neighbouring tokens whose maximum is taken first."""
 
@@ -36,7 +39,8 @@ def top_log_probs(
 
     `also` (N, R) are tokens to be given behind them whatever their rank; -1: none, at -inf.
     """
-    size = 16 if scores.device.type == "cpu" else len(scores)  # what the caches hold
+    cached = max(1, _CACHED // scores.size(1))
+    size = cached if scores.device.type == "cpu" else len(scores)
     found = []
     for start in range(0, len(scores), size):
         rows = slice(start, start + size)

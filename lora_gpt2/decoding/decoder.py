@@ -79,7 +79,7 @@ def fitting_batch(model: GPT2LMModel, settings: DecodingSettings) -> int:
     if weight.is_cuda:
         rows, free = 2560, torch.cuda.mem_get_info(weight.device)[0]
     else:
-        rows, free = 160, psutil.virtual_memory().available
+        rows, free = 160 * max(1, 768 // config.n_embd), psutil.virtual_memory().available
     return max(1, min(rows // settings.beam_size, free // 2 // size))
 
 
