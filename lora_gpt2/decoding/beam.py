@@ -4,7 +4,7 @@ Knows no tokenizer, file, model or device: functions from one state of Q queries
 the next, so that queries may come and go. K beams, V vocabulary, L longest output, N outputs kept.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -131,7 +131,8 @@ class Search:
     ) -> tuple[Beams, Tensor]:
         """Adds a token to each beam: the beams' next state and their parents (Q, K).
 
-        `hidden` (Q * K, C) are what `head` makes logits of, for some rows at a time. `phrases`, for each
+        `hidden` (N, C) are what `head` makes logits of, for some rows at a time: of the beams that are alive,
+        those whose `running` is above -inf, in their order. `phrases`, for each
         query, must be in its outputs; an output that ends without them competes only where no other does.
         Raises ValueError when there are fewer tokens than are to be chosen.
         """
@@ -187,13 +188,13 @@ class Search:
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and tokens (Q * K, M) of each beam's likeliest continuations, and of `also`."""
         parts = [
-            self._top(beams, rows, head(hidden[rows]), None if also is None else also[rows])
-            for rows in self._parts(len(hidden))
+            self._top(beams, rows, head(part), None if also is None else also[rows])
+            for rows, part in self._parts(beams, hidden)
         ]
         log_probs, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
-        return log_probs, tokens
+        return _spread(beams, log_probs, -torch.inf), _spread(beams, tokens, 0)
 
-    def _top(self, beams: Beams, rows: slice, logits: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _top(self, beams: Beams, rows: Tensor, logits: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same of these rows of all beams."""
         if self.candidates > logits.size(1):
             what = f"beam_size {self.settings.beam_size} is larger than the vocabulary of"
@@ -204,9 +205,10 @@ class Search:
         log_probs, tokens = top_log_probs(logits, self.candidates, also, normalised=self.hf)
         return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf), tokens  # nan: all was forbidden
 
-    def _parts(self, rows: int) -> list[slice]:
-        size = _ROWS.get(self.device.type, rows)
-        return [slice(start, start + size) for start in range(0, rows, size)]
+    def _parts(self, beams: Beams, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows (of Q * K) that are alive and their hidden states, some at a time."""
+        size = _ROWS.get(self.device.type, len(hidden))
+        return zip(torch.split(_alive(beams), size), torch.split(hidden, size), strict=True)
 
     def _best_of(
         self, beams: Beams, log_probs: Tensor, tokens: Tensor, members: slice, earlier: list[_Choice]
@@ -284,18 +286,20 @@ class Search:
         at = beams.lengths.clamp(max=self.settings.eval_len - 1)[:, None, None].expand(-1, count, 1)
         uniform = beams.chances.gather(2, at).view(queries * alive, -1)  # several for the first token
         found = []
-        for rows in self._parts(len(hidden)):
-            logits = head(hidden[rows])
+        for rows, part in self._parts(beams, hidden):
+            logits = head(part)
             self._apply_rules(beams, rows, logits)
             found.append(drawn(logits.float(), uniform[rows], self.settings))
-        log_probs, tokens = (torch.cat(parts).view(queries, count) for parts in zip(*found, strict=True))
+        log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
+        log_probs = _spread(beams, log_probs, -torch.inf).view(queries, count)
+        tokens = _spread(beams, tokens, 0).view(queries, count)
         parents = torch.arange(count, device=self.device).clamp(max=alive - 1).expand(queries, -1)
         return _Choice(parents, tokens, log_probs, beams.running.gather(1, parents) + log_probs)
 
-    def _apply_rules(self, beams: Beams, rows: slice, scores: Tensor) -> None:
+    def _apply_rules(self, beams: Beams, rows: Tensor, scores: Tensor) -> None:
         """Changes the scores (N, V) of these rows of all beams (Q * K)."""
         alive, longest = beams.running.size(1), int(beams.lengths.max())
-        queries = torch.arange(rows.start, rows.start + len(scores), device=self.device) // alive  # (N,)
+        queries = rows // alive
         tokens = beams.tokens[..., :longest].flatten(0, 1)[rows]
         history = torch.cat((beams.said[queries], tokens), dim=1)
         lengths = beams.lengths[queries]
@@ -317,6 +321,18 @@ class Search:
         after.best_lengths = torch.cat((before.best_lengths, lengths), dim=1).gather(1, order)
         after.best_tokens = _rows(torch.cat((before.best_tokens, tokens), dim=1), order)
         after.best_log_probs = _rows(torch.cat((before.best_log_probs, log_probs), dim=1), order)
+
+
+def _alive(beams: Beams) -> Tensor:
+    """(N,) of Q * K."""
+    return (beams.running > -torch.inf).flatten().nonzero().squeeze(1)
+
+
+def _spread(beams: Beams, values: Tensor, missing: float) -> Tensor:
+    """Values (N, M) of the beams that are alive as (Q * K, M)."""
+    whole = values.new_full((beams.running.numel(), values.size(1)), missing)
+    whole[_alive(beams)] = values
+    return whole
 
 
 def _extended(beams: Beams, choice: _Choice) -> tuple[Tensor, Tensor]:

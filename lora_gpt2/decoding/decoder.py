@@ -129,12 +129,13 @@ class _Pool:
     def step(self) -> None:
         """One token more for every query."""
         assert self.tree is not None
-        self.tree.advance(self.parents)
         beams = self.beams
+        alive = beams.running > -torch.inf
+        self.tree.advance(self.parents, alive)
         last = (beams.lengths - 1).clamp(min=0)
         tokens = beams.tokens.gather(2, last[:, None, None].expand(*self.parents.shape, 1))  # (P, K, 1)
-        positions = (self.contexts + last).repeat_interleave(self.parents.size(1))[:, None]
-        hidden = self.model.transformer.hidden_states(tokens.flatten(0, 1), positions, self.tree.layers)
+        positions = (self.contexts + last)[:, None, None].expand_as(tokens)
+        hidden = self.model.transformer.hidden_states(tokens[alive], positions[alive], self.tree.layers)
         self.beams, self.parents = self.search.extend(beams, hidden[:, 0], self.model.lm_head, self.phrases)
         self._clear(place for place in range(self.places) if place not in self.numbers)
 
@@ -159,11 +160,10 @@ class _Pool:
             self.tree.keep(rows)
 
     def _clear(self, places: Iterable[int]) -> None:
-        """What is at these places is over: it goes along with every step, but reads nothing."""
+        """What is at these places is over: no beam of it is alive."""
         rows = torch.tensor(list(places), dtype=torch.long, device=self.device)
         self.beams.lengths[rows] = 0
-        if self.tree is not None:
-            self.tree.sees[rows] = False
+        self.beams.running[rows] = -torch.inf
 
     def _check(self, longest: int) -> None:
         positions, eval_len = self.model.config.n_ctx, self.search.settings.eval_len

@@ -81,16 +81,18 @@ class BeamTree:
         for layer, present in zip(self.layers, presents, strict=True):
             layer.table[:, places, :, :size] = present
 
-    def advance(self, parents: Tensor) -> None:
-        """Beam k goes on from beam parents[:, k] (P, K), and its next token gets a slot."""
+    def advance(self, parents: Tensor, alive: Tensor) -> None:
+        """Beam k goes on from beam parents[:, k] (P, K), and its next token gets a slot, if it is `alive`."""
         self.sees = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.size(2)))
+        self.sees &= alive[..., None]
         free = ~self.sees.any(dim=1)  # (P, S)
         self._grow(self.sees.size(2) + parents.size(1) - int(free.sum(dim=1).min()))
         free = ~self.sees.any(dim=1)
         slots = free.sort(dim=1, descending=True, stable=True).indices[:, : parents.size(1)]  # (P, K)
-        self.sees.scatter_(2, slots[..., None], True)
+        self.sees.scatter_(2, slots[..., None], alive[..., None])
+        rows = alive.flatten().nonzero().squeeze(1)
         for layer in self.layers:
-            layer.slots, layer.sees = slots, self.sees
+            layer.slots, layer.sees, layer.alive = slots, self.sees, rows
 
     def keep(self, places: Tensor) -> None:
         """Only `places` (P',) stay, in this order."""
@@ -112,20 +114,23 @@ class BeamLayer:
 
     def __init__(self, places: int, like: Tensor) -> None:
         self.table = like.new_zeros(2, places, like.size(2), 0, like.size(4))  # (2, P, H, S, D)
-        self.slots = self.sees = torch.empty(0)
+        self.slots = self.sees = self.alive = torch.empty(0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
-        """One token for each beam, q, k, v (P * K, H, 1, D)."""
+        """One token for each of the N beams that are alive: (N, H, 1, D) each, and the result too."""
         assert p == 0, "beams are decoded in eval mode"
         _, places, heads, slots, width = self.table.shape
         beams = self.slots.size(1)
-        first = torch.arange(places * heads, device=q.device).view(places, heads, 1) * slots
-        rows = (first + self.slots[:, None]).flatten()  # (P * H * K,)
-        q, k, v = (x.view(places, beams, heads, width).transpose(1, 2) for x in (q, k, v))
+        first = (self.alive // beams * heads)[:, None] + torch.arange(heads, device=q.device)  # (N, H)
+        rows = (first * slots + self.slots.flatten()[self.alive, None]).flatten()
         for table, new in zip(self.table, (k, v), strict=True):
             table.view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
+        asked = q.new_zeros(places * beams, heads, width)
+        asked[self.alive] = q.squeeze(2) * width**-0.5
+        asked = asked.view(places, beams, heads, width).transpose(1, 2).reshape(-1, beams, width)
         keys, values = self.table.flatten(1, 2)  # (P * H, S, D) each
-        weights = (q * width**-0.5).reshape(-1, beams, width) @ keys.transpose(1, 2)  # (P * H, K, S)
-        weights = weights.view(places, heads, beams, -1).masked_fill_(~self.sees[:, None], -torch.inf)
-        out = weights.softmax(dim=-1).flatten(0, 1) @ values  # (P * H, K, D)
-        return out.view(places, heads, beams, width).transpose(1, 2).reshape(-1, heads, 1, width)
+        weights = (asked @ keys.transpose(1, 2)).view(places, heads, beams, slots)
+        weights = weights.masked_fill_(~self.sees[:, None], -torch.inf).softmax(dim=-1)
+        out = weights.flatten(0, 1) @ values  # (P * H, K, D)
+        out = out.view(places, heads, beams, width).transpose(1, 2).reshape(-1, heads, width)
+        return out[self.alive, :, None]
