@@ -19,6 +19,7 @@ from lora_gpt2 import runs
 from lora_gpt2.data.jsonl import TextRow, read_text_rows
 from lora_gpt2.data.module import DataToText
 from lora_gpt2.decoding.beam import Hypothesis
+from lora_gpt2.decoding.config import Dialect, Strategy
 from lora_gpt2.decoding.predictions import Decoding, Parts, Queries, write_predictions
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import text_files
@@ -164,6 +165,11 @@ def _queries(settings: GenerateSettings, data: DataToText, models: Mapping[str, 
             do = f"give its run: adapters={{{row.adapter}:RUN}}"
             raise UserError(f"{data.folder / settings.split}.jsonl:{line}", what, do)
     queries = Queries(((row.adapter, row.context, row.require) for row in rows), longest)
+    plain = settings.decoding.beam_groups == 1 and settings.decoding.dialect is Dialect.reference
+    if queries.phrases and not (plain and settings.decoding.strategy is Strategy.beam):
+        line = next(row for row, number in queries.of_row.items() if number in queries.phrases) + 1
+        where = f"{data.folder / settings.split}.jsonl:{line}"
+        raise UserError(where, '"require" needs a plain beam search', "use decoding=beam or decoding=greedy")
     if settings.limit:
         queries.limit(settings.limit)
     return queries

@@ -284,6 +284,9 @@ def test_a_row_gets_the_phrases_that_it_requires(tmp_path, run):
     assert " blue" in f" {first}"
     assert " old tree" in f" {first}"
     assert "blue" not in second
+    with pytest.raises(UserError, match=r'test.jsonl:1: "require" needs a plain beam search'):
+        generate(tmp_path / "bad", *DECODING[:3], "decoding=sample", f"data.root={tmp_path / 'rows'}",
+                 f"adapter={run / 'adapter'}")  # fmt: skip
     (tmp_path / "rows" / "test.jsonl").write_text(json.dumps({**rows[0], "require": "blue"}) + "\n")
     with pytest.raises(UserError, match=r'test.jsonl:1: "require" must be a list of phrases, not "blue"'):
         generate(tmp_path / "bad", *DECODING, f"data.root={tmp_path / 'rows'}", f"adapter={run / 'adapter'}")
