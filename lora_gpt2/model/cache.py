@@ -54,8 +54,8 @@ class RowCache:
         return attend(q, self.past[0], self.past[1], seen, p)
 
 
-_GROWTH = 32
-"""Slots that are added at a time."""
+_STEP = 32
+"""Slots that are added or given up at a time."""
 
 
 class BeamTree:
@@ -75,7 +75,7 @@ class BeamTree:
     def admit(self, places: Tensor, lengths: Tensor, presents: Sequence[Tensor]) -> None:
         """Contexts of `lengths` (N,) take `places` (N,); `presents`: each layer's (2, N, H, T, D)."""
         size = presents[0].size(3)
-        self._grow(size)
+        self._resize(max(size, self.sees.size(2)))
         slots = torch.arange(self.sees.size(2), device=lengths.device)
         self.sees[places] = (slots < lengths[:, None])[:, None]
         for layer, present in zip(self.layers, presents, strict=True):
@@ -85,14 +85,17 @@ class BeamTree:
         """Beam k goes on from beam parents[:, k] (P, K), and its next token gets a slot, if it is `alive`."""
         self.sees = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.size(2)))
         self.sees &= alive[..., None]
-        free = ~self.sees.any(dim=1)  # (P, S)
-        self._grow(self.sees.size(2) + parents.size(1) - int(free.sum(dim=1).min()))
+        taken, beams = self.sees.any(dim=1), parents.size(1)  # (P, S)
+        last = taken.any(dim=0).nonzero().amax() + 1
+        self._resize(int(last.maximum(taken.sum(dim=1).amax() + beams)))
         free = ~self.sees.any(dim=1)
-        slots = free.sort(dim=1, descending=True, stable=True).indices[:, : parents.size(1)]  # (P, K)
+        slots = free.sort(dim=1, descending=True, stable=True).indices[:, :beams]  # (P, K)
         self.sees.scatter_(2, slots[..., None], alive[..., None])
+        unseen = ~self.sees[:, None]  # (P, 1, K, S)
+        mask = self.layers[0].table.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
         rows = alive.flatten().nonzero().squeeze(1)
         for layer in self.layers:
-            layer.slots, layer.sees, layer.alive = slots, self.sees, rows
+            layer.slots, layer.mask, layer.alive = slots, mask, rows
 
     def keep(self, places: Tensor) -> None:
         """Only `places` (P',) stay, in this order."""
@@ -100,10 +103,10 @@ class BeamTree:
         for layer in self.layers:
             layer.table = layer.table[:, places]
 
-    def _grow(self, slots: int) -> None:
+    def _resize(self, slots: int) -> None:
         """Makes room for `slots` in each place. All are computed with, so that few are to spare."""
-        more = -(-slots // _GROWTH) * _GROWTH - self.sees.size(2)
-        if more > 0:
+        more = -(-slots // _STEP) * _STEP - self.sees.size(2)
+        if more > 0 or more < -_STEP:
             self.sees = F.pad(self.sees, (0, more))
             for layer in self.layers:
                 layer.table = F.pad(layer.table, (0, 0, 0, more))
@@ -114,7 +117,7 @@ class BeamLayer:
 
     def __init__(self, places: int, like: Tensor) -> None:
         self.table = like.new_zeros(2, places, like.size(2), 0, like.size(4))  # (2, P, H, S, D)
-        self.slots = self.sees = self.alive = torch.empty(0)
+        self.slots = self.mask = self.alive = torch.empty(0)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
         """One token for each of the N beams that are alive: (N, H, 1, D) each, and the result too."""
@@ -125,12 +128,11 @@ class BeamLayer:
         rows = (first * slots + self.slots.flatten()[self.alive, None]).flatten()
         for table, new in zip(self.table, (k, v), strict=True):
             table.view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
-        asked = q.new_zeros(places * beams, heads, width)
-        asked[self.alive] = q.squeeze(2) * width**-0.5
+        asked = q.new_empty(places * beams, heads, width)  # nothing reads what other beams ask
+        asked.index_copy_(0, self.alive, q.squeeze(2) * width**-0.5)
         asked = asked.view(places, beams, heads, width).transpose(1, 2).reshape(-1, beams, width)
         keys, values = self.table.flatten(1, 2)  # (P * H, S, D) each
-        weights = (asked @ keys.transpose(1, 2)).view(places, heads, beams, slots)
-        weights = weights.masked_fill_(~self.sees[:, None], -torch.inf).softmax(dim=-1)
-        out = weights.flatten(0, 1) @ values  # (P * H, K, D)
+        weights = (asked @ keys.transpose(1, 2)).view(places, heads, beams, slots).add_(self.mask)
+        out = weights.softmax(dim=-1).flatten(0, 1) @ values  # (P * H, K, D)
         out = out.view(places, heads, beams, width).transpose(1, 2).reshape(-1, heads, width)
-        return out[self.alive, :, None]
+        return out.index_select(0, self.alive)[:, :, None]
