@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 from lora_gpt2 import runs
 from lora_gpt2.data.jsonl import TextRow, read_text_rows
 from lora_gpt2.data.module import DataToText
-from lora_gpt2.decoding.beam import Hypothesis
 from lora_gpt2.decoding.config import Dialect, Strategy
 from lora_gpt2.decoding.predictions import Decoding, Parts, Queries, write_predictions
+from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import text_files
 from lora_gpt2.evaluation.scorer import score_by_part, score_e2e, scores_as_dict
@@ -108,6 +108,7 @@ def _quiet() -> None:
         r"Couldn't infer the batch indices",  # LengthBuckets is a sampler of batches
         r".*does not have many workers",  # batches come from arrays in memory
         r"Checkpoint directory .* exists",  # two callbacks write there
+        r"predict returned None",  # outputs go to disk as they come
         r"The dirpath has changed",  # a resumed run takes its best weights along
         r"It is recommended to use `self.log\('valid/",  # StageMetrics are over all ranks already
         r"The number of training batches .* is smaller than the logging interval",

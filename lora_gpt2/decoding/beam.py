@@ -5,8 +5,8 @@ the next, so that queries may come and go. K beams, V vocabulary, L longest outp
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,69 +15,13 @@ from lora_gpt2.decoding.choices import chances, drawn, top_log_probs
 from lora_gpt2.decoding.config import DecodingSettings, Dialect, EarlyStopping, Strategy
 from lora_gpt2.decoding.phrases import Candidate, Phrases, allocate, missing, wanted
 from lora_gpt2.decoding.rules import forbid, forbid_repeated_ngrams, penalise_repetition
+from lora_gpt2.decoding.state import Beams, Choice, rows_of
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states (N, C) to logits (N, V), which may be overwritten."""
 
 _ROWS = {"cpu": 160}
 """Rows of logits that are computed, and reduced to their best tokens, at a time; elsewhere all."""
-
-
-class Hypothesis(NamedTuple):
-    tokens: list[int]
-    """The output, end token included."""
-    score: float
-    """Sum of log-probabilities / length ** length_penalty."""
-    log_probs: list[float]
-    """Of each token, after the rules."""
-
-
-@dataclass
-class Beams:
-    """What is alive, and the N best that are finished."""
-
-    said: Tensor  # (Q, S) right-aligned: what counts as said before the output
-    said_lengths: Tensor  # (Q,)
-    chances: Tensor  # (Q, K, L) uniform, of sampling
-    lengths: Tensor  # (Q,) tokens so far
-    running: Tensor  # (Q, K) sums of log-probabilities; -inf: not alive
-    tokens: Tensor  # (Q, K, L)
-    log_probs: Tensor  # (Q, K, L)
-    best_scores: Tensor  # (Q, N) descending; -inf: none yet
-    best_lengths: Tensor  # (Q, N)
-    best_tokens: Tensor  # (Q, N, L)
-    best_log_probs: Tensor  # (Q, N, L)
-
-    def keep(self, rows: Tensor) -> "Beams":
-        """The queries `rows` alone, in this order."""
-        return Beams(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-    def put(self, rows: Tensor, others: "Beams") -> None:
-        """`others` replace the queries `rows`."""
-        for field in fields(self):
-            getattr(self, field.name)[rows] = getattr(others, field.name)
-
-    def hypotheses(self, row: int, count: int) -> list[Hypothesis]:
-        """The best outputs of a query, best first; an empty one where all was forbidden."""
-        found = []
-        for i, score in enumerate(self.best_scores[row, :count].tolist()):
-            length = int(self.best_lengths[row, i])
-            tokens, log_probs = self.best_tokens[row, i, :length], self.best_log_probs[row, i, :length]
-            if score > -torch.inf or i == 0:
-                found.append(Hypothesis(tokens.tolist(), score, log_probs.tolist()))
-        return found
-
-
-class _Choice(NamedTuple):
-    """Continuations, (Q, M) each."""
-
-    parents: Tensor
-    tokens: Tensor
-    log_probs: Tensor
-    running: Tensor
-
-    def at(self, columns: Tensor) -> "_Choice":
-        return _Choice(*(x.gather(1, columns) for x in self))
 
 
 class Search:
@@ -155,7 +99,7 @@ class Search:
             order = (choice.running.masked_fill(ended, -torch.inf)).sort(dim=1, descending=True, stable=True)
             choice, ended = choice.at(order.indices[:, :width]), ended.gather(1, order.indices[:, :width])
         after.running = choice.running.masked_fill(ended, -torch.inf)
-        after.tokens, after.log_probs = _extended(beams, choice)
+        after.tokens, after.log_probs = beams.extended(choice)
         return after, choice.parents
 
     def done(self, beams: Beams) -> Tensor:
@@ -171,17 +115,17 @@ class Search:
         done = (beams.lengths == longest) | (worst >= beams.running.amax(dim=1) / self.norms[best])
         return done | (worst > -torch.inf) if self.hf and stopping is EarlyStopping.first else done
 
-    def _best(self, beams: Beams, hidden: Tensor, head: Head) -> _Choice:
+    def _best(self, beams: Beams, hidden: Tensor, head: Head) -> Choice:
         """The best continuations of each query, best first."""
         queries, alive = beams.running.shape
         log_probs, tokens = self._candidates(beams, hidden, head)
         log_probs, tokens = log_probs.view(queries, alive, -1), tokens.view(queries, alive, -1)
         groups = self.settings.beam_groups
-        chosen: list[_Choice] = []
+        chosen: list[Choice] = []
         for group in range(groups):
             members = slice(group * alive // groups, max(1, (group + 1) * alive // groups))
             chosen.append(self._best_of(beams, log_probs, tokens, members, chosen))
-        return _Choice(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True)))
+        return Choice(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True)))
 
     def _candidates(
         self, beams: Beams, hidden: Tensor, head: Head, also: Tensor | None = None
@@ -192,7 +136,7 @@ class Search:
             for rows, part in self._parts(beams, hidden)
         ]
         log_probs, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
-        return _spread(beams, log_probs, -torch.inf), _spread(beams, tokens, 0)
+        return beams.spread(log_probs, -torch.inf), beams.spread(tokens, 0)
 
     def _top(self, beams: Beams, rows: Tensor, logits: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same of these rows of all beams."""
@@ -208,11 +152,11 @@ class Search:
     def _parts(self, beams: Beams, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows (of Q * K) that are alive and their hidden states, some at a time."""
         size = _ROWS.get(self.device.type, len(hidden))
-        return zip(torch.split(_alive(beams), size), torch.split(hidden, size), strict=True)
+        return zip(torch.split(beams.alive(), size), torch.split(hidden, size), strict=True)
 
     def _best_of(
-        self, beams: Beams, log_probs: Tensor, tokens: Tensor, members: slice, earlier: list[_Choice]
-    ) -> _Choice:
+        self, beams: Beams, log_probs: Tensor, tokens: Tensor, members: slice, earlier: list[Choice]
+    ) -> Choice:
         """The best continuations (Q, M / groups) of the beams `members`, given what other groups chose."""
         count = log_probs.size(2)
         log_probs, tokens = log_probs[:, members], tokens[:, members].flatten(1)
@@ -225,9 +169,9 @@ class Search:
         order = worth.sort(dim=1, descending=True, stable=True).indices
         order = order[:, : count // self.settings.beam_groups]
         parents = order // count + members.start
-        return _Choice(parents, *(x.gather(1, order) for x in (tokens, log_probs.flatten(1), running)))
+        return Choice(parents, *(x.gather(1, order) for x in (tokens, log_probs.flatten(1), running)))
 
-    def _with_phrases(self, beams: Beams, hidden: Tensor, head: Head, phrases: Sequence[Phrases]) -> _Choice:
+    def _with_phrases(self, beams: Beams, hidden: Tensor, head: Head, phrases: Sequence[Phrases]) -> Choice:
         """As `_best`, the beams of each query shared out by how much of its phrases they have said."""
         alive, width = beams.running.size(1), self.settings.beam_size
         histories = [
@@ -259,16 +203,16 @@ class Search:
             ]
             best = allocate(possible, own, phrases[query], width)
             found.append([*best, *[Candidate(0, 0, -torch.inf, -torch.inf)] * (width - len(best))])
-        return _Choice(*(torch.tensor(part, device=self.device) for part in _columns(found)))
+        return Choice(*(torch.tensor(part, device=self.device) for part in _columns(found)))
 
     def _may_end(self, token: int, history: list[int], phrases: Phrases) -> bool:
         return token not in self._end_tokens or not missing([*history, token], phrases)
 
     def _may_compete(
-        self, beams: Beams, choice: _Choice, phrases: Sequence[Phrases], competing: Tensor
+        self, beams: Beams, choice: Choice, phrases: Sequence[Phrases], competing: Tensor
     ) -> Tensor:
         """(Q, K) whether the output holds its phrases, or no output of the query does."""
-        tokens, _ = _extended(beams, choice)
+        tokens, _ = beams.extended(choice)
         whole = torch.tensor(
             [
                 [not missing(row[: length + 1], own) for row in query]
@@ -279,7 +223,7 @@ class Search:
         none_yet = beams.best_scores[:, :1].isneginf() & ~(whole & competing).any(dim=1, keepdim=True)
         return whole | none_yet
 
-    def _drawn(self, beams: Beams, hidden: Tensor, head: Head) -> _Choice:
+    def _drawn(self, beams: Beams, hidden: Tensor, head: Head) -> Choice:
         """One continuation of each beam, by chance."""
         queries, alive = beams.running.shape
         count = self.settings.beam_size
@@ -291,10 +235,10 @@ class Search:
             self._apply_rules(beams, rows, logits)
             found.append(drawn(logits.float(), uniform[rows], self.settings))
         log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
-        log_probs = _spread(beams, log_probs, -torch.inf).view(queries, count)
-        tokens = _spread(beams, tokens, 0).view(queries, count)
+        log_probs = beams.spread(log_probs, -torch.inf).view(queries, count)
+        tokens = beams.spread(tokens, 0).view(queries, count)
         parents = torch.arange(count, device=self.device).clamp(max=alive - 1).expand(queries, -1)
-        return _Choice(parents, tokens, log_probs, beams.running.gather(1, parents) + log_probs)
+        return Choice(parents, tokens, log_probs, beams.running.gather(1, parents) + log_probs)
 
     def _apply_rules(self, beams: Beams, rows: Tensor, scores: Tensor) -> None:
         """Changes the scores (N, V) of these rows of all beams (Q * K)."""
@@ -309,44 +253,20 @@ class Search:
             forbid(scores, lengths < self.settings.min_length, self.ends)
         forbid_repeated_ngrams(scores, history, starts, stops, self.settings.no_repeat_ngram_size)
 
-    def _offer(self, after: Beams, before: Beams, choice: _Choice, competing: Tensor) -> None:
+    def _offer(self, after: Beams, before: Beams, choice: Choice, competing: Tensor) -> None:
         """Lets the first continuations compete where `competing` (Q, K) says so."""
-        choice = _Choice(*(x[:, : competing.size(1)] for x in choice))
+        choice = Choice(*(x[:, : competing.size(1)] for x in choice))
         scores = choice.running / self.norms[after.lengths][:, None]
         scores = torch.cat((before.best_scores, scores.masked_fill(~competing, -torch.inf)), dim=1)
         order = scores.sort(dim=1, descending=True, stable=True).indices[:, : before.best_scores.size(1)]
         lengths = after.lengths[:, None].expand_as(competing)
-        tokens, log_probs = _extended(before, choice)
+        tokens, log_probs = before.extended(choice)
         after.best_scores = scores.gather(1, order)
         after.best_lengths = torch.cat((before.best_lengths, lengths), dim=1).gather(1, order)
-        after.best_tokens = _rows(torch.cat((before.best_tokens, tokens), dim=1), order)
-        after.best_log_probs = _rows(torch.cat((before.best_log_probs, log_probs), dim=1), order)
-
-
-def _alive(beams: Beams) -> Tensor:
-    """(N,) of Q * K."""
-    return (beams.running > -torch.inf).flatten().nonzero().squeeze(1)
-
-
-def _spread(beams: Beams, values: Tensor, missing: float) -> Tensor:
-    """Values (N, M) of the beams that are alive as (Q * K, M)."""
-    whole = values.new_full((beams.running.numel(), values.size(1)), missing)
-    whole[_alive(beams)] = values
-    return whole
-
-
-def _extended(beams: Beams, choice: _Choice) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probabilities (Q, M, L) of the continuations."""
-    last = beams.lengths[:, None, None].expand(*choice.tokens.shape, 1)
-    tokens = _rows(beams.tokens, choice.parents).scatter_(2, last, choice.tokens[..., None])
-    log_probs = _rows(beams.log_probs, choice.parents).scatter_(2, last, choice.log_probs[..., None])
-    return tokens, log_probs
+        after.best_tokens = rows_of(torch.cat((before.best_tokens, tokens), dim=1), order)
+        after.best_log_probs = rows_of(torch.cat((before.best_log_probs, log_probs), dim=1), order)
 
 
 def _columns(queries: list[list[Candidate]]) -> list[list[list[Any]]]:
     """Parents, tokens, log-probabilities and sums, each (Q, K)."""
     return [[[getattr(one, name) for one in query] for query in queries] for name in Candidate._fields]
-
-
-def _rows(sequences: Tensor, rows: Tensor) -> Tensor:
-    return sequences.gather(1, rows[..., None].expand(-1, -1, sequences.size(2)))

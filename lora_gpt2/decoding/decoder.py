@@ -8,9 +8,10 @@ import psutil
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lora_gpt2.decoding.beam import Hypothesis, Search
+from lora_gpt2.decoding.beam import Search
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.phrases import Phrases
+from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.model.cache import BeamTree, RowCache
 from lora_gpt2.model.language_model import GPT2LMModel
 

@@ -13,10 +13,10 @@ from lightning import LightningModule
 from torch import nn
 from torch.utils.data import Dataset
 
-from lora_gpt2.decoding.beam import Hypothesis
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.decoder import Query, decode_stream
 from lora_gpt2.decoding.phrases import Phrases
+from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import replacing
 from lora_gpt2.model.inference import prepare_for_decoding

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from lora_gpt2.decoding.beam import Hypothesis
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.predictions import Parts, Queries, write_predictions
+from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.errors import UserError
 
 CONTEXTS = [("", context, ()) for context in ([1, 2], [3], [1, 2], [4, 5, 6, 7], [3])]
