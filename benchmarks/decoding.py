@@ -32,6 +32,7 @@ Decode = Callable[[Contexts], list[list[int]]]
 CPU_PROGRAMS = [
     "ours:float32:16",
     "ours:bfloat16:16",
+    "ours:int8:16",
     "transformers:float32:16",
     "transformers:bfloat16:16",
     "ctranslate2:float32:8",

@@ -266,11 +266,25 @@ def test_a_decoding_of_something_else_is_not_gone_on_with(tmp_path, run, tiny_co
 
 
 @pytest.mark.parametrize(
-    "option", ["decoding.precision=bfloat16", "decoding=hf", "decoding=sample", "decoding=diverse"]
+    "option",
+    [
+        "decoding.precision=bfloat16",
+        "decoding.precision=int8",
+        "trainer.precision=bf16-mixed",
+        "decoding=hf",
+        "decoding=sample",
+        "decoding=diverse",
+    ],
 )
 def test_every_way_of_decoding_runs(tmp_path, run, tiny_corpus, option):
     assert generate(tmp_path, *DECODING[:3], option, "decoding.eval_len=16", f"adapter={run / 'adapter'}",
                     f"data.root={tiny_corpus}")  # fmt: skip
+
+
+def test_types_are_named_once(tmp_path, run, tiny_corpus):
+    with pytest.raises(UserError, match=r"decoding.precision: int8 and trainer.precision=bf16-mixed exclude"):
+        generate(tmp_path, *DECODING, f"data.root={tiny_corpus}", f"adapter={run / 'adapter'}",
+                 "decoding.precision=int8", "trainer.precision=bf16-mixed")  # fmt: skip
 
 
 def test_a_row_gets_the_phrases_that_it_requires(tmp_path, run):

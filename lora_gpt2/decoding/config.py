@@ -66,7 +66,7 @@ class DecodingSettings:
     seed: int = 42
     """Of strategy=sample."""
     precision: Precision = Precision.float32
-    """float32, or bfloat16: faster, and a few outputs differ."""
+    """float32; or bfloat16, or (on a CPU) int8 products: faster, and a few outputs differ."""
     batch_size: int | None = None
     """Queries decoded side by side, which changes speed and memory alone; null: by the free memory."""
 

@@ -19,6 +19,7 @@ from lora_gpt2.decoding.phrases import Phrases
 from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import replacing
+from lora_gpt2.model.config import Precision
 from lora_gpt2.model.inference import prepare_for_decoding
 from lora_gpt2.model.language_model import GPT2LMModel
 
@@ -114,10 +115,17 @@ class Decoding(LightningModule):
         """Is given number and outputs, best first, of each query, as they come."""
 
     def on_predict_start(self) -> None:
-        """Lays the models out for decoding where they are now; under autocast they stay as they are."""
+        """Lays the models out for decoding where they are now; the trainer's own types stay as they are.
+
+        Raises UserError where both name a type.
+        """
+        precision = self.settings.precision
         if self.trainer.precision == "32-true":
             for model in self.models:
-                prepare_for_decoding(cast(GPT2LMModel, model), self.settings.precision)
+                prepare_for_decoding(cast(GPT2LMModel, model), precision)
+        elif precision is not Precision.float32:
+            what = f"{precision.value} and trainer.precision={self.trainer.precision} exclude each other"
+            raise UserError("decoding.precision", what, "leave trainer.precision out")
 
     def predict_step(self, batch: list[Query], batch_idx: int) -> None:
         for name, group in groupby(batch, key=lambda query: query.adapter):

@@ -311,6 +311,7 @@ class Precision(str, Enum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+    int8 = "int8"
 
 
 @dataclass

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import Precision
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
@@ -15,6 +17,9 @@ from lora_gpt2.model.transformer import MLP, Block
 
 _ROWS = 160
 """Rows of an input that blocks are chosen for; any other number is computed too."""
+
+_TINY = 1e-30
+"""Keeps rows of zeros from being divided by zero."""
 
 
 class PackedLinear(nn.Module):
@@ -34,6 +39,30 @@ class PackedLinear(nn.Module):
         return result
 
 
+class Int8Linear(nn.Module):
+    """As `PackedLinear`, of 8-bit integers: W rounded by output, x by row, so that no row changes another."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
+        """`weight` (out, in)."""
+        super().__init__()
+        weight = weight.detach().float().contiguous()
+        size = weight.abs().amax(dim=1).clamp(min=_TINY)  # (out,)
+        rounded = (weight * (127 / size)[:, None]).round().to(torch.int8)
+        self.weight: Any = torch.ops.onednn.qlinear_prepack(rounded, [_ROWS, rounded.size(1)])
+        self.scales, self.zeros = size / 127, torch.zeros(len(size), dtype=torch.long)
+        self.bias = None if bias is None else bias.detach()
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.abs().amax(dim=-1, keepdim=True).clamp(min=_TINY)  # (…, 1)
+        rounded = (x * (127 / size)).round_().add_(128).to(torch.uint8)
+        product: Any = torch.ops.onednn.qlinear_pointwise
+        weights = self.weight, self.scales, self.zeros, None
+        result: Tensor = product(rounded, 1 / 127, 128, *weights, 1.0, 0, torch.float32, "none", [], "")
+        result = result.mul_(size) if self.bias is None else torch.addcmul(self.bias, result, size)
+        return F.gelu(result, approximate="tanh") if self.activation == "gelu" else result
+
+
 class _PackedMLP(nn.Module):
     def __init__(self, c_fc: nn.Module, c_proj: nn.Module) -> None:
         super().__init__()
@@ -49,27 +78,35 @@ def prepare_for_decoding(model: GPT2LMModel, precision: Precision) -> GPT2LMMode
     """The same model, changed in place: from now on it can do nothing but decode.
 
     Where LoRA is not merged, as with several adapters over one base, its weights stay as they lie.
+    Raises UserError where products of 8-bit integers are asked for and cannot be had.
     """
-    model.eval().to(getattr(torch, precision.value))
+    small = precision is Precision.int8
+    model.eval().to(torch.float32 if small else getattr(torch, precision.value))
+    layer = Int8Linear if small else PackedLinear
     if _packs(model):
         for block in model.transformer.h:
             assert isinstance(block, Block)
             attn, mlp = block.attn, block.mlp
-            attn.c_attn, attn.c_proj = _packed(attn.c_attn), _packed(attn.c_proj)
+            attn.c_attn, attn.c_proj = _packed(attn.c_attn, layer), _packed(attn.c_proj, layer)
             assert isinstance(mlp, MLP)
-            block.mlp = _PackedMLP(_packed(mlp.c_fc, "gelu"), _packed(mlp.c_proj))
-        model.lm_head.decoder = PackedLinear(model.transformer.wte.weight, None)
+            block.mlp = _PackedMLP(_packed(mlp.c_fc, layer, "gelu"), _packed(mlp.c_proj, layer))
+        model.lm_head.decoder = layer(model.transformer.wte.weight, None)
+    elif small:
+        what = "int8 needs a CPU, a torch with oneDNN, and one adapter at a time"
+        raise UserError("decoding.precision", what, "choose float32 or bfloat16")
     return model
 
 
 def _packs(model: GPT2LMModel) -> bool:
     """Whether all is merged, and products run on a CPU, by a torch that packs weights."""
     weight = model.transformer.wte.weight
-    there = hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch._C._has_mkldnn
+    there = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     merged = all(layer.merged for layer in model.lora_layers())
     return there and merged and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16)
 
 
-def _packed(layer: nn.Module, activation: str = "none") -> PackedLinear:
+def _packed(
+    layer: nn.Module, kind: type[PackedLinear | Int8Linear], activation: str = "none"
+) -> PackedLinear | Int8Linear:
     assert isinstance(layer, MergedLinear)
-    return PackedLinear(layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias, activation)
+    return kind(layer.weight.T if layer.fan_in_fan_out else layer.weight, layer.bias, activation)

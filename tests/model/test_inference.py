@@ -5,8 +5,9 @@ import torch
 
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.decoder import decode
+from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config, Precision
-from lora_gpt2.model.inference import PackedLinear, prepare_for_decoding
+from lora_gpt2.model.inference import Int8Linear, PackedLinear, prepare_for_decoding
 from lora_gpt2.model.language_model import GPT2LMModel
 
 IDS = torch.randint(0, 29, (3, 11), generator=torch.Generator().manual_seed(0))
@@ -26,13 +27,14 @@ def logits(model: GPT2LMModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"vocab_multiple": 64}])
-@pytest.mark.parametrize(("precision", "close"), [("float32", 1e-5), ("bfloat16", 0.05)])
+@pytest.mark.parametrize(("precision", "close"), [("float32", 1e-5), ("bfloat16", 0.05), ("int8", 0.05)])
 def test_logits_stay(options, precision, close):
     expected = logits(build(**options))
     model = build(**options)
     model.merge()
     prepare_for_decoding(model, Precision(precision))
-    assert isinstance(model.transformer.h[0].attn.c_attn, PackedLinear)
+    kind = Int8Linear if precision == "int8" else PackedLinear
+    assert isinstance(model.transformer.h[0].attn.c_attn, kind)
     assert logits(model).shape == expected.shape
     assert float((logits(model) - expected).abs().max()) < close * float(expected.abs().max())
 
@@ -52,3 +54,25 @@ def test_outputs_stay():
     model.merge()
     prepare_for_decoding(model, Precision.float32)
     assert [found[0].tokens for found in decode(model, contexts, settings, [0])] == expected
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("bias", [None, torch.linspace(-1, 1, 48)])
+def test_products_of_8_bit_integers(activation, bias):
+    """Each row by itself: within the rounding of both factors, and the same whatever stands beside it."""
+    numbers = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(48, 33, generator=numbers), torch.randn(2, 7, 33, generator=numbers)
+    x[0, 0], x[0, 1], weight[3] = 0, x[0, 1] * 1e4, 0
+    layer = Int8Linear(weight, bias, activation)
+    exact = torch.nn.functional.linear(x.double(), weight.double())
+    dx, dw = x.abs().amax(-1, keepdim=True) / 254, weight.abs().amax(1) / 254  # half a step of each
+    bound = x.abs().sum(-1, keepdim=True) * dw + dx * (weight.abs().sum(1) + 33 * dw)
+    exact = exact if bias is None else exact + bias
+    exact = torch.nn.functional.gelu(exact, approximate="tanh") if activation == "gelu" else exact
+    assert bool(((layer(x) - exact).abs() <= 1.2 * bound + 1e-6).all())  # GELU's slope is below 1.2
+    assert torch.equal(layer(x)[1, 2:3], layer(x[1, 2:3]))
+
+
+def test_8_bit_integers_are_refused_where_they_cannot_be_had():
+    with pytest.raises(UserError, match="one adapter at a time"):
+        prepare_for_decoding(build(), Precision.int8)
