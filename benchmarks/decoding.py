@@ -6,7 +6,8 @@
 
 Every measurement is a process of its own that first decodes two contexts to warm up; programs take turns.
 Prints medians over the repeats, ratios to the best peer, and peak memory. Without `--ends` nothing ends
-early. `--output FOLDER` keeps the figures, with machine and versions, and every program's outputs.
+early. `--scores` compares the outputs: the share that differs from the first program's, and the five scores,
+for contexts that `lora-gpt2 encode` wrote. `--output FOLDER` keeps figures and outputs.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--ngram", type=int, default=4)
     parser.add_argument("--length-penalty", type=float, default=0.9)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--scores", action="store_true", help="needs --contexts")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,7 +69,8 @@ def main() -> None:
         measure(options, *options.one)
         return
     with tempfile.TemporaryDirectory() as folder:
-        report(options, compare(options, Path(folder)))
+        results = compare(options, Path(folder))
+        report(options, results, quality(options, list(results), Path(folder)) if options.scores else {})
 
 
 def compare(options: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -134,10 +137,10 @@ def measure(options: argparse.Namespace, program: str, model: str, folder: str) 
     start = time.perf_counter()
     outputs = opened(contexts)
     seconds = time.perf_counter() - start
-    if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
+    for kept in filter(None, (Path(folder), options.output)):
+        kept.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"id": i, "predict": tokens}) + "\n" for i, tokens in enumerate(outputs)]
-        (options.output / f"{program.replace(':', '-')}.jsonl").write_text("".join(lines))
+        (kept / f"{program.replace(':', '-')}.jsonl").write_text("".join(lines))
     print(json.dumps({"seconds": seconds, "peak_gb": peak(options.device)}))
 
 
@@ -262,7 +265,40 @@ def peak(device: str) -> float:
     )
 
 
-def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]) -> None:
+def quality(options: argparse.Namespace, programs: list[str], folder: Path) -> dict[str, dict[str, Any]]:
+    """Of each program's outputs, the share that differs from the first one's, and the scores."""
+    from lora_gpt2.data.jsonl import read_text_rows
+    from lora_gpt2.data.tokenizer import load_tokenizer
+    from lora_gpt2.evaluation.scorer import score_e2e, scores_as_dict
+
+    clean = load_tokenizer(str(model_folder(options.model, folder))).clean
+    contexts = [tuple(json.loads(line)["context"]) for line in options.contexts.read_text().splitlines()]
+    asked = map(tuple, json.loads((folder / "contexts.json").read_text()))
+    references: dict[tuple[int, ...], list[str]] = {context: [] for context in asked}
+    for context, row in zip(
+        contexts, read_text_rows(options.contexts.with_suffix(".text.jsonl")), strict=True
+    ):
+        references.get(context, []).append(row.completion)
+    outputs = {
+        program: [json.loads(line)["predict"] for line in (folder / name).read_text().splitlines()]
+        for program in programs
+        if (name := f"{program.replace(':', '-')}.jsonl")
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for program, own in outputs.items():
+        texts = [clean(tokens) for tokens in own]
+        pairs = zip(texts, map(clean, outputs[programs[0]]), strict=True)
+        differ = sum(text != other for text, other in pairs) / len(texts)
+        scores = scores_as_dict(score_e2e(texts, list(references.values())))
+        numbers = {name: value for name, value in scores.items() if isinstance(value, float)}
+        found[program] = {"differ": differ, **numbers}
+        print(f"{program:<30} {differ:.1%} differ " + "".join(f" {k} {v:.4f}" for k, v in numbers.items()))
+    return found
+
+
+def report(
+    options: argparse.Namespace, results: dict[str, list[dict[str, Any]]], scores: dict[str, Any]
+) -> None:
     """Prints the table and keeps it."""
     medians = {
         program: statistics.median(run["seconds"] for run in runs) for program, runs in results.items()
@@ -277,6 +313,7 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, Any]]]
         print(f"{program:<30} {medians[program]:>9.1f} {spread:>15} {memory:>8.2f} {ratio:>12}")
     if options.output:
         about = {"settings": {k: str(v) for k, v in vars(options).items()}, **machine(), "runs": results}
+        about |= {"scores": scores} if scores else {}
         (options.output / "results.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
