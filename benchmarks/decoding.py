@@ -147,8 +147,8 @@ def measure(options: argparse.Namespace, program: str, model: str, folder: str) 
 def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path) -> Decode:
     from lora_gpt2.decoding.config import DecodingSettings
     from lora_gpt2.decoding.decoder import decode
-    from lora_gpt2.model.config import Precision
     from lora_gpt2.model.inference import prepare_for_decoding
+    from lora_gpt2.model.settings import Precision
     from lora_gpt2.weights.pretrained import build_base, describe_base
 
     settings = DecodingSettings(

@@ -19,9 +19,10 @@ from decoding import machine
 
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.decoder import decode
-from lora_gpt2.model.config import GPT2Config, Precision
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.inference import prepare_for_decoding
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.settings import Precision
 
 AXES: dict[str, list[int]] = {
     "beam_size": [1, 4, 10, 20],

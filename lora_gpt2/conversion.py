@@ -12,9 +12,10 @@ from torch import Tensor
 from lora_gpt2 import runs
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer
 from lora_gpt2.errors import UserError
-from lora_gpt2.model.config import GPT2Config, LoraSettings, ModelSettings, gpt2_config
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import canonical
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.settings import LoraSettings, ModelSettings, gpt2_config
 from lora_gpt2.weights import factors
 from lora_gpt2.weights.adapter import describe_adapter, holds_adapter, open_adapter
 from lora_gpt2.weights.exchange import peft, reference, transformers

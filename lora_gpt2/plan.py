@@ -5,29 +5,23 @@ device but no storage, so that they hold for every setting; time is that of a fe
 """
 
 import contextlib
-import re
-import resource
-import sys
 import time
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lora_gpt2 import runs
 from lora_gpt2.data.batches import EncodedRows, LengthBuckets
 from lora_gpt2.data.module import DataToText
 from lora_gpt2.errors import UserError
+from lora_gpt2.memory import LiveBytes, forget_most_resident, most_resident, resident, size_of
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -163,7 +157,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
 
     count, width = map(int, sizes[largest])
     heaviest = _Shape(count, width, int(rows[batches[largest]].mask.sum()))
-    process, measured = _resident() if device == "cpu" else 0, None
+    process, measured = resident() if device == "cpu" else 0, None
     memory = _count(config, settings, device, heaviest)[0]._replace(process=process)
     if micro_steps and device == "cpu" and memory.peak - process > psutil.virtual_memory().available:
         need, free = memory.peak / 1e9, psutil.virtual_memory().available / 1e9
@@ -183,7 +177,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     return Plan(
         parameters=_by_part(model),
         trainable=sum(parameter.numel() for _, parameter in trained),
-        adapter_bytes=sum(_bytes(value) for value in plain_update(model)[1].values()),
+        adapter_bytes=sum(size_of(value) for value in plain_update(model)[1].values()),
         rows=len(rows),
         steps=_steps(arguments, len(batches), accumulated),
         padding=1 - tokens / int(positions.sum()),
@@ -249,7 +243,7 @@ def _count(config: GPT2Config, settings: TrainSettings, device: str, shape: _Sha
     Without a GPU its memory is counted by the CPU's kernels, which keep attention weights: at most too much.
     """
     there = device if torch.cuda.is_available() else "cpu"
-    with FakeTensorMode(), torch.device(there), _LiveBytes() as live:
+    with FakeTensorMode(), torch.device(there), LiveBytes() as live:
         model, autocast = _built(config, settings, there)
         weights = live.now
         ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
@@ -259,7 +253,7 @@ def _count(config: GPT2Config, settings: TrainSettings, device: str, shape: _Sha
                 loss = model.loss_at(ids, positions, positions, settings.label_smoothing)
             activations = live.now - weights
             torch.autograd.backward(loss)
-        gradients = sum(_bytes(parameter) for _, parameter in _trained(model))
+        gradients = sum(size_of(parameter) for _, parameter in _trained(model))
     optimizer = ADAM_STATES * gradients
     memory = Memory(weights, gradients, optimizer, activations, live.most + optimizer, 0)
     return memory, counter.get_total_flops()
@@ -269,7 +263,7 @@ def _run(config: GPT2Config, settings: TrainSettings, device: str, batches: list
     """Seconds of all steps but the first two, which warm up, and the most memory that was taken."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda", "there is no such device here to time steps on", "add --steps 0")
-    _forget_most_resident()
+    forget_most_resident()
     torch.manual_seed(settings.seed)
     model, autocast = _built(config, settings, device)
     model.to(device)
@@ -288,7 +282,7 @@ def _run(config: GPT2Config, settings: TrainSettings, device: str, batches: list
         optimizer.zero_grad()
     _synchronize(device)
     seconds = time.perf_counter() - start
-    return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else _most_resident()
+    return seconds, torch.cuda.max_memory_allocated() if device == "cuda" else most_resident()
 
 
 def _built(
@@ -332,61 +326,6 @@ def _by_part(model: GPT2LMModel) -> dict[str, int]:
         part = next((part for key, part in PARTS.items() if key in name), "LayerNorms")
         counts["LoRA" if is_lora(name) else part] += parameter.numel()
     return dict(counts)
-
-
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    """Counts the bytes of all storages alive that operations under it have made."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
-        return result
-
-    def _see(self, storage: Any) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-
-        def gone(_: Any) -> None:
-            del self._known[key]
-            self.now -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _resident() -> int:
-    """Bytes of memory that this process holds now; where the system does not tell, the most it held."""
-    statm = Path("/proc/self/statm")
-    if not statm.is_file():
-        return _most_resident()
-    return int(statm.read_text().split()[1]) * resource.getpagesize()
-
-
-def _forget_most_resident() -> None:
-    """Lets the most start again from what is held now, where the system can (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _most_resident() -> int:
-    status = Path("/proc/self/status")
-    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
-        return 1024 * int(found[1])
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _synchronize(device: str) -> None:

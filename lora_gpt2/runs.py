@@ -12,8 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lora_gpt2.data.tokenizer import MERGES_FILES, Tokenizer
 from lora_gpt2.errors import UserError
-from lora_gpt2.model.config import GPT2Config, LoraSettings, gpt2_config
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.settings import LoraSettings, gpt2_config
 from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.weights.adapter import describe_adapter, open_adapter

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.errors import UserError
-from lora_gpt2.model.config import LoraSettings, ModelSettings
+from lora_gpt2.model.settings import LoraSettings, ModelSettings
 from lora_gpt2.training.config import OptimizerSettings
 
 S = TypeVar("S")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from enum import Enum
 
-from lora_gpt2.model.config import Precision
+from lora_gpt2.model.settings import Precision
 
 
 class Strategy(str, Enum):

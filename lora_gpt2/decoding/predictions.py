@@ -19,9 +19,9 @@ from lora_gpt2.decoding.phrases import Phrases
 from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import replacing
-from lora_gpt2.model.config import Precision
 from lora_gpt2.model.inference import prepare_for_decoding
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.settings import Precision
 
 _CHUNK = 1024
 """Queries that are handed to a rank at a time; the last ones of each leave places idle."""

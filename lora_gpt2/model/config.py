@@ -1,4 +1,4 @@
-"""What a GPT-2 with LoRA is made of: the documented `GPT2Config` and the command line's two groups.
+"""What a GPT-2 with LoRA is made of: the documented `GPT2Config`.
 
 Knows no torch, so that a wrong setting is refused before anything is loaded.
 """
@@ -6,7 +6,6 @@ Knows no torch, so that a wrong setting is refused before anything is loaded.
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,8 +31,33 @@ _THEIR_USUAL = {
 }
 """What transformers' config.json may say otherwise, and no GPT-2 here computes."""
 
-LORA_INITS = ("kaiming", "pissa", "olora")
-LORA_BIASES = ("none", "lora_only", "all")
+
+class Target(str, Enum):
+    """What LoRA adapts in each block."""
+
+    q = "q"
+    k = "k"
+    v = "v"
+    c_attn = "c_attn"
+    c_proj = "c_proj"
+    mlp_c_fc = "mlp_c_fc"
+    mlp_c_proj = "mlp_c_proj"
+
+
+class LoraInit(str, Enum):
+    """How A and B start."""
+
+    kaiming = "kaiming"
+    pissa = "pissa"
+    olora = "olora"
+
+
+class LoraBias(str, Enum):
+    """Which biases train with LoRA."""
+
+    none = "none"
+    lora_only = "lora_only"
+    all = "all"
 
 
 class LayerLora(NamedTuple):
@@ -235,10 +259,9 @@ class GPT2Config:
 
     def _variant_faults(self) -> list[str]:
         faults = []
-        if self.lora_init not in LORA_INITS:
-            faults.append(f"LoRA init must be one of {', '.join(LORA_INITS)}, not {self.lora_init}")
-        if self.lora_bias not in LORA_BIASES:
-            faults.append(f"LoRA bias must be one of {', '.join(LORA_BIASES)}, not {self.lora_bias}")
+        for name, value, kind in (("init", self.lora_init, LoraInit), ("bias", self.lora_bias, LoraBias)):
+            if value not in (known := [member.value for member in kind]):
+                faults.append(f"LoRA {name} must be one of {', '.join(known)}, not {value}")
         if self.lora_bias != "none" and not self.bias:
             faults.append(f"LoRA bias {self.lora_bias} needs a model with biases, bias is False")
         ranks = self.lora_rank_pattern.values()
@@ -276,128 +299,3 @@ class GPT2Config:
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), default)
-
-
-class Target(str, Enum):
-    """What LoRA adapts in each block."""
-
-    q = "q"
-    k = "k"
-    v = "v"
-    c_attn = "c_attn"
-    c_proj = "c_proj"
-    mlp_c_fc = "mlp_c_fc"
-    mlp_c_proj = "mlp_c_proj"
-
-
-class LoraInit(str, Enum):
-    """How A and B start."""
-
-    kaiming = "kaiming"
-    pissa = "pissa"
-    olora = "olora"
-
-
-class LoraBias(str, Enum):
-    """Which biases train with LoRA."""
-
-    none = "none"
-    lora_only = "lora_only"
-    all = "all"
-
-
-class Precision(str, Enum):
-    """What a model that only decodes computes its products in."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-
-
-@dataclass
-class ModelSettings:
-    """The group `model`: an architecture card."""
-
-    name: str
-    """The card's name, e.g. gpt2.sm; kept in every file that the model leaves."""
-    vocab_size: int | None = None
-    """Number of token ids; null: the data's tokenizer says it."""
-    n_positions: int = 1024
-    """Longest input, in tokens."""
-    n_embd: int = 768
-    """Width of the residual stream."""
-    n_layer: int = 12
-    """Number of blocks."""
-    n_head: int = 12
-    """Attention heads; divides n_embd."""
-    layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every LayerNorm."""
-    initializer_range: float = 0.02
-    """Standard deviation of fresh weights."""
-    dropout: float = 0.0
-    """On embeddings, attention weights and residual branches, while training."""
-    bias: bool = True
-    """Whether linear layers and LayerNorms have one."""
-    vocab_multiple: int = 1
-    """The token table is padded to a multiple of this, e.g. 64; the extra ids are never predicted."""
-
-
-@dataclass
-class LoraSettings:
-    """The group `lora`: W = W0 + (alpha / rank) B A on the chosen projections (Hu et al. 2021, eq. 3)."""
-
-    rank: int = 0
-    """r; 0: no LoRA, every weight trains."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """On the input of A, while training."""
-    rank_dropout: float = 0.0
-    """Between A and B, while training."""
-    targets: list[Target] = field(default_factory=lambda: [Target.q, Target.v])
-    """What is adapted: q, k, v, or c_attn (the three as one), c_proj, mlp_c_fc, mlp_c_proj."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks by layer, e.g. {h.0.*:8,*.mlp.*:2}; the first pattern that fits counts, 0 leaves out."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Other alphas by layer."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) (rsLoRA)."""
-    dora: bool = False
-    """Train the magnitude of each output apart from its direction (DoRA)."""
-    init: LoraInit = LoraInit.kaiming
-    """kaiming: A random, B zero; pissa, olora: the leading factors of the base's SVD or QR."""
-    bias: LoraBias = LoraBias.none
-    """Which biases train too: none, lora_only (of the adapted layers), all."""
-
-
-def gpt2_config(model: ModelSettings, lora: LoraSettings, vocab_size: int) -> GPT2Config:
-    """The two groups of the command line as one `GPT2Config`; `vocab_size` is the tokenizer's.
-
-    Raises ValueError when a value is out of range or the card's vocabulary is smaller than the tokenizer's.
-    """
-    if model.vocab_size is not None and model.vocab_size < vocab_size:
-        raise ValueError(f"model.vocab_size {model.vocab_size} is smaller than the tokenizer's {vocab_size}")
-    return GPT2Config(
-        model.vocab_size or vocab_size,
-        n_positions=model.n_positions,
-        n_ctx=model.n_positions,
-        n_embd=model.n_embd,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        layer_norm_epsilon=model.layer_norm_epsilon,
-        initializer_range=model.initializer_range,
-        lora_attn_dim=lora.rank,
-        lora_attn_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        lora_r_dropout=lora.rank_dropout,
-        fix_dropout=model.dropout,
-        lora_targets=[target.value for target in lora.targets],
-        bias=model.bias,
-        vocab_multiple=model.vocab_multiple,
-        lora_rank_pattern=lora.rank_pattern,
-        lora_alpha_pattern=lora.alpha_pattern,
-        lora_rslora=lora.rslora,
-        lora_dora=lora.dora,
-        lora_init=lora.init.value,
-        lora_bias=lora.bias.value,
-    )

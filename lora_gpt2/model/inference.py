@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.model.config import Precision
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.settings import Precision
 from lora_gpt2.model.transformer import MLP, Block
 
 _ROWS = 160

@@ -7,14 +7,8 @@ from dataclasses import fields
 import pytest
 
 from lora_gpt2 import GPT2Config
-from lora_gpt2.model.config import (
-    LoraBias,
-    LoraInit,
-    LoraSettings,
-    ModelSettings,
-    Target,
-    gpt2_config,
-)
+from lora_gpt2.model.config import LoraBias, LoraInit, Target
+from lora_gpt2.model.settings import LoraSettings, ModelSettings, gpt2_config
 
 
 def test_defaults_are_the_documented_ones():

@@ -6,9 +6,10 @@ import torch
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.decoder import decode
 from lora_gpt2.errors import UserError
-from lora_gpt2.model.config import GPT2Config, Precision
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.inference import Int8Linear, PackedLinear, prepare_for_decoding
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.settings import Precision
 
 IDS = torch.randint(0, 29, (3, 11), generator=torch.Generator().manual_seed(0))
 

@@ -1,0 +1,70 @@
+"""What tensors and this process take of memory, in bytes."""
+
+import contextlib
+import re
+import resource
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Counts the bytes of all storages alive that operations under it have made."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.most = 0
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def _see(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone(_: Any) -> None:
+            del self._known[key]
+            self.now -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def size_of(tensor: Tensor) -> int:
+    """In bytes."""
+    return tensor.numel() * tensor.element_size()
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now; where the system does not tell, the most it held."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return most_resident()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def forget_most_resident() -> None:
+    """Lets the most start again from what is held now, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def most_resident() -> int:
+    """The most bytes that this process held since the start, or since `forget_most_resident`."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
