@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lora_gpt2.decoding.beam import Search
@@ -88,6 +89,10 @@ _SHARE = 4
 """New queries enter, or the pool shrinks, when one place in so many is free: either costs about a step."""
 
 
+_ROWS = 32
+"""Rows that are computed at a time are a multiple of this."""
+
+
 class _Pool:
     """The queries that are being decoded, each at its place."""
 
@@ -132,12 +137,14 @@ class _Pool:
         assert self.tree is not None
         beams = self.beams
         alive = beams.running > -torch.inf
-        self.tree.advance(self.parents, alive)
-        last = (beams.lengths - 1).clamp(min=0)
-        tokens = beams.tokens.gather(2, last[:, None, None].expand(*self.parents.shape, 1))  # (P, K, 1)
-        positions = (self.contexts + last)[:, None, None].expand_as(tokens)
-        hidden = self.model.transformer.hidden_states(tokens[alive], positions[alive], self.tree.layers)
-        self.beams, self.parents = self.search.extend(beams, hidden[:, 0], self.model.lm_head, self.phrases)
+        computed = _rounded(alive)
+        self.tree.advance(self.parents, computed)
+        newest = (beams.lengths - 1).clamp(min=0)
+        tokens = beams.tokens.gather(2, newest[:, None, None].expand(*self.parents.shape, 1))  # (P, K, 1)
+        positions = (self.contexts + newest)[:, None, None].expand_as(tokens)
+        hidden = self.model.transformer.hidden_states(tokens[computed], positions[computed], self.tree.layers)
+        last = hidden[alive[computed], 0]
+        self.beams, self.parents = self.search.extend(beams, last, self.model.lm_head, self.phrases)
         self._clear(place for place in range(self.places) if place not in self.numbers)
 
     def take_done(self) -> Iterator[tuple[int, list[Hypothesis]]]:
@@ -171,3 +178,13 @@ class _Pool:
         if longest + eval_len > positions:
             what = f"a context of {longest} tokens and eval_len {eval_len}"
             raise ValueError(f"{what} exceed the model's {positions} positions")
+
+
+def _rounded(alive: Tensor) -> Tensor:
+    """(P, K) `alive` and some that are not, so that there are few different numbers of rows.
+
+    Libraries prepare products for each, and keep what they prepared.
+    """
+    rows = alive.flatten().clone()
+    rows[(~rows).nonzero()[: -int(rows.sum()) % _ROWS, 0]] = True
+    return rows.view_as(alive)

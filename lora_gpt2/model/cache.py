@@ -3,6 +3,7 @@
 B rows, H heads, T new tokens, S cached tokens, D head size.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -101,7 +102,7 @@ class BeamTree:
         """Only `places` (P',) stay, in this order."""
         self.sees = self.sees[places]
         for layer in self.layers:
-            layer.table = layer.table[:, places]
+            layer.keep(places)
 
     def _resize(self, slots: int) -> None:
         """Makes room for `slots` in each place. All are computed with, so that few are to spare."""
@@ -109,7 +110,7 @@ class BeamTree:
         if more > 0 or more < -_STEP:
             self.sees = F.pad(self.sees, (0, more))
             for layer in self.layers:
-                layer.table = F.pad(layer.table, (0, 0, 0, more))
+                layer.resize(self.sees.size(2))
 
 
 class BeamLayer:
@@ -117,7 +118,29 @@ class BeamLayer:
 
     def __init__(self, places: int, like: Tensor) -> None:
         self.table = like.new_zeros(2, places, like.size(2), 0, like.size(4))  # (2, P, H, S, D)
+        self._memory = self.table.flatten()
         self.slots = self.mask = self.alive = torch.empty(0)
+
+    def resize(self, slots: int) -> None:
+        """Room for `slots`; what lies behind them is given up."""
+        self._lay(self.table[..., :slots, :].clone(), slots)
+
+    def keep(self, places: Tensor) -> None:
+        """Only `places` (P',) stay, in this order."""
+        self._lay(self.table[:, places], self.table.size(3))
+
+    def _lay(self, kept: Tensor, slots: int) -> None:
+        """The table holds `kept` (2, P, H, S, D) and zeros behind it: in the same memory, where that suffices.
+
+        Tables of ever new sizes would leave pieces of memory between them that nothing fits into.
+        """
+        *outer, given, width = kept.shape
+        size = math.prod(outer) * slots * width
+        if size > self._memory.numel():
+            self._memory = kept.new_empty(max(size, 2 * self._memory.numel()))
+        self.table = self._memory[:size].view(*outer, slots, width)
+        self.table[..., :given, :] = kept
+        self.table[..., given:, :] = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
         """One token for each of the N beams that are alive: (N, H, 1, D) each, and the result too."""
