@@ -81,11 +81,11 @@ def fitting_batch(model: GPT2LMModel, settings: DecodingSettings) -> int:
     if weight.is_cuda:
         rows, free = 2560, torch.cuda.mem_get_info(weight.device)[0]
     else:
-        rows, free = 160 * max(1, 768 // config.n_embd), psutil.virtual_memory().available
+        rows, free = 160 * max(1, 1024 // config.n_embd), psutil.virtual_memory().available
     return max(1, min(rows // settings.beam_size, free // 2 // size))
 
 
-_SHARE = 4
+_SHARE = 8
 """New queries enter, or the pool shrinks, when one place in so many is free: either costs about a step."""
 
 

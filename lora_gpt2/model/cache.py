@@ -95,8 +95,11 @@ class BeamTree:
         unseen = ~self.sees[:, None]  # (P, 1, K, S)
         mask = self.layers[0].table.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
         rows = alive.flatten().nonzero().squeeze(1)
+        heads = self.layers[0].table.size(2)
+        first = (rows // beams * heads)[:, None] + torch.arange(heads, device=rows.device)  # (N, H)
+        written = (first * self.sees.size(2) + slots.flatten()[rows, None]).flatten()
         for layer in self.layers:
-            layer.slots, layer.mask, layer.alive = slots, mask, rows
+            layer.written, layer.mask, layer.alive = written, mask, rows
 
     def keep(self, places: Tensor) -> None:
         """Only `places` (P',) stay, in this order."""
@@ -119,7 +122,7 @@ class BeamLayer:
     def __init__(self, places: int, like: Tensor) -> None:
         self.table = like.new_zeros(2, places, like.size(2), 0, like.size(4))  # (2, P, H, S, D)
         self._memory = self.table.flatten()
-        self.slots = self.mask = self.alive = torch.empty(0)
+        self.written = self.mask = self.alive = torch.empty(0)
 
     def resize(self, slots: int) -> None:
         """Room for `slots`; what lies behind them is given up."""
@@ -130,7 +133,7 @@ class BeamLayer:
         self._lay(self.table[:, places], self.table.size(3))
 
     def _lay(self, kept: Tensor, slots: int) -> None:
-        """The table holds `kept` (2, P, H, S, D) and zeros behind it: in the same memory, where that suffices.
+        """The table holds `kept` (2, P, H, S, D) and zeros behind it, in the same memory where that suffices.
 
         Tables of ever new sizes would leave pieces of memory between them that nothing fits into.
         """
@@ -145,12 +148,9 @@ class BeamLayer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
         """One token for each of the N beams that are alive: (N, H, 1, D) each, and the result too."""
         assert p == 0, "beams are decoded in eval mode"
-        _, places, heads, slots, width = self.table.shape
-        beams = self.slots.size(1)
-        first = (self.alive // beams * heads)[:, None] + torch.arange(heads, device=q.device)  # (N, H)
-        rows = (first * slots + self.slots.flatten()[self.alive, None]).flatten()
+        (_, places, heads, slots, width), beams = self.table.shape, self.mask.size(2)
         for table, new in zip(self.table, (k, v), strict=True):
-            table.view(-1, width).index_copy_(0, rows, new.reshape(-1, width))
+            table.view(-1, width).index_copy_(0, self.written, new.reshape(-1, width))
         asked = q.new_empty(places * beams, heads, width)  # nothing reads what other beams ask
         asked.index_copy_(0, self.alive, q.squeeze(2) * width**-0.5)
         asked = asked.view(places, beams, heads, width).transpose(1, 2).reshape(-1, beams, width)
