@@ -312,7 +312,10 @@ def report(
         memory = max(run["peak_gb"] for run in runs)
         print(f"{program:<30} {medians[program]:>9.1f} {spread:>15} {memory:>8.2f} {ratio:>12}")
     if options.output:
-        about = {"settings": {k: str(v) for k, v in vars(options).items()}, **machine(), "runs": results}
+        contexts = options.contexts and options.contexts.name
+        named = {**vars(options), "model": Path(options.model).name, "contexts": contexts}
+        settings = {name: str(value) for name, value in named.items() if name not in ("output", "one")}
+        about = {"settings": settings, **machine(), "runs": results}
         about |= {"scores": scores} if scores else {}
         (options.output / "results.json").write_text(json.dumps(about, indent=2) + "\n")
 

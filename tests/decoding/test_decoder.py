@@ -83,8 +83,8 @@ def test_the_batch_is_chosen_by_beams_and_free_memory(model, monkeypatch):
     for free in (10**12, 10**6, 0):
         monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
         sizes[free] = [fitting_batch(model, DecodingSettings(beam_size=n, eval_len=16)) for n in (1, 10)]
-    assert sizes[10**12] == [48 * 160, 48 * 16]
-    assert 1 < sizes[10**6][1] < 48 * 16
+    assert sizes[10**12] == [64 * 160, 64 * 16]
+    assert 1 < sizes[10**6][1] < 64 * 16
     assert sizes[0] == [1, 1]
 
 
