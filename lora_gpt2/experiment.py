@@ -16,9 +16,9 @@ from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from lora_gpt2 import runs
+from lora_gpt2.data.config import Corpus
 from lora_gpt2.data.jsonl import TextRow, read_text_rows
 from lora_gpt2.data.module import DataToText
-from lora_gpt2.decoding.config import Dialect, Strategy
 from lora_gpt2.decoding.predictions import Decoding, Parts, Queries, write_predictions
 from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.errors import UserError
@@ -80,6 +80,9 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
     queries = _queries(settings, data, models)
     screen.queries(settings.split, queries)
     end_tokens = settings.decoding.end_tokens or data.tokenizer.end_tokens
+    if unknown := [token for token in end_tokens if not 0 <= token < data.tokenizer.vocab_size]:
+        what = f"{unknown[0]} is no token, the tokenizer has 0 to {data.tokenizer.vocab_size - 1}"
+        raise UserError("decoding.end_tokens", what, "give others, or leave them to the tokenizer")
     parts = _parts(settings, folder, queries, models, end_tokens)
     callbacks = _callbacks(settings.callbacks, folder)
     trainer = _trainer(settings.trainer, callbacks, None, folder)
@@ -159,21 +162,27 @@ def _queries(settings: GenerateSettings, data: DataToText, models: Mapping[str, 
         what = f"{settings.decoding.eval_len} leaves no room for a context"
         raise UserError("decoding.eval_len", what, "make it smaller than data.seq_len")
     rows = list(data.rows(settings.split, positions))
-    for line, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows):
         if row.adapter not in models:
             known = ", ".join(filter(None, models)) or "none"
             what = f'asks for the adapter "{row.adapter}", loaded are: {known}'
             do = f"give its run: adapters={{{row.adapter}:RUN}}"
-            raise UserError(f"{data.folder / settings.split}.jsonl:{line}", what, do)
+            raise UserError(_line(settings, data, number), what, do)
     queries = Queries(((row.adapter, row.context, row.require) for row in rows), longest)
-    plain = settings.decoding.beam_groups == 1 and settings.decoding.dialect is Dialect.reference
-    if queries.phrases and not (plain and settings.decoding.strategy is Strategy.beam):
-        line = next(row for row, number in queries.of_row.items() if number in queries.phrases) + 1
-        where = f"{data.folder / settings.split}.jsonl:{line}"
-        raise UserError(where, '"require" needs a plain beam search', "use decoding=beam or decoding=greedy")
     if settings.limit:
         queries.limit(settings.limit)
+    if queries.phrases and not settings.decoding.takes_phrases:
+        first = next(row for row, number in queries.of_row.items() if number in queries.phrases)
+        where = _line(settings, data, first)
+        raise UserError(where, '"require" needs a plain beam search', "use decoding=beam or decoding=greedy")
     return queries
+
+
+def _line(settings: GenerateSettings, data: DataToText, row: int) -> str:
+    """Where the user finds a row: in a JSONL corpus each line is one."""
+    own = settings.data.corpus is Corpus.jsonl and settings.data.root is not None
+    folder = Path(str(settings.data.root)) if own else data.folder
+    return f"{folder / settings.split}.jsonl:{row + 1}"
 
 
 def _parts(
@@ -186,7 +195,7 @@ def _parts(
     """What is decoded already, in `folder` or in that of an interrupted run."""
     how = {name: value for name, value in asdict(settings.decoding).items() if name != "batch_size"}
     weights = {name: weights_hash(model) for name, model in models.items()}
-    told = json.dumps([queries.digest(), how, end_tokens, weights])
+    told = json.dumps([queries.digest(), how, settings.trainer.get("precision"), end_tokens, weights])
     earlier = Path(settings.resume) if settings.resume is not None else None
     if earlier is not None and not earlier.is_dir():
         raise UserError("resume", f"{earlier}: there is no such folder", "give that of the interrupted run")

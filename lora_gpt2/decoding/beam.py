@@ -20,7 +20,7 @@ from lora_gpt2.decoding.state import Beams, Choice, rows_of
 Head = Callable[[Tensor], Tensor]
 """Hidden states (N, C) to logits (N, V), which may be overwritten."""
 
-_ROWS = {"cpu": 160}
+_HEAD_ROWS = {"cpu": 160}
 """Rows of logits that are computed, and reduced to their best tokens, at a time; elsewhere all."""
 
 
@@ -90,7 +90,7 @@ class Search:
         last = (after.lengths == self.settings.eval_len)[:, None]
         width = self.settings.beam_size
         ended = torch.isin(choice.tokens, self.ends)
-        competing = (ended | last)[:, :width]
+        competing = ((ended | last) & (choice.running > -torch.inf))[:, :width]
         if any(phrases):
             competing = competing & self._may_compete(beams, choice, phrases, competing)
         if competing.any():
@@ -140,18 +140,21 @@ class Search:
 
     def _top(self, beams: Beams, rows: Tensor, logits: Tensor, also: Tensor | None) -> tuple[Tensor, Tensor]:
         """The same of these rows of all beams."""
-        if self.candidates > logits.size(1):
+        count = self.candidates
+        if count > logits.size(1):
             what = f"beam_size {self.settings.beam_size} is larger than the vocabulary of"
             raise ValueError(f"{what} {logits.size(1)}" + " allows" * self.hf)
         if self.hf:  # transformers applies its rules to log-probabilities
             logits = logits.log_softmax(dim=1, dtype=torch.float32)
         self._apply_rules(beams, rows, logits)
-        log_probs, tokens = top_log_probs(logits, self.candidates, also, normalised=self.hf)
+        if also is not None:  # some may be end tokens of outputs that may not end yet
+            count = min(count + len(self.ends), logits.size(1))
+        log_probs, tokens = top_log_probs(logits, count, also, normalised=self.hf)
         return log_probs.nan_to_num(nan=-torch.inf, neginf=-torch.inf), tokens  # nan: all was forbidden
 
     def _parts(self, beams: Beams, hidden: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows (of Q * K) that are alive and their hidden states, some at a time."""
-        size = _ROWS.get(self.device.type, len(hidden))
+        size = _HEAD_ROWS.get(self.device.type, len(hidden))
         return zip(torch.split(beams.alive(), size), torch.split(hidden, size), strict=True)
 
     def _best_of(
@@ -237,7 +240,7 @@ class Search:
         log_probs, tokens = (torch.cat(parts) for parts in zip(*found, strict=True))
         log_probs = beams.spread(log_probs, -torch.inf).view(queries, count)
         tokens = beams.spread(tokens, 0).view(queries, count)
-        parents = torch.arange(count, device=self.device).clamp(max=alive - 1).expand(queries, -1)
+        parents = torch.arange(count, device=self.device).clamp(max=alive - 1).repeat(queries, 1)
         return Choice(parents, tokens, log_probs, beams.running.gather(1, parents) + log_probs)
 
     def _apply_rules(self, beams: Beams, rows: Tensor, scores: Tensor) -> None:

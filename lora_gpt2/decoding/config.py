@@ -1,5 +1,6 @@
 """The group `decoding`: beam search, sampling, and their rules."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -85,8 +86,12 @@ class DecodingSettings:
             if (value := getattr(self, name)) is not None and value < least:
                 raise ValueError(f"decoding.{name} must be at least {least}, not {value}")
         for name in ("repetition_penalty", "temperature", "top_p"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"decoding.{name} must be above 0, not {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"decoding.{name} must be above 0 and finite, not {getattr(self, name)}")
+        if not -10 <= self.length_penalty <= 10:
+            raise ValueError(f"decoding.length_penalty must be from -10 to 10, not {self.length_penalty}")
+        if not self.diversity_penalty < math.inf:
+            raise ValueError(f"decoding.diversity_penalty must be finite, not {self.diversity_penalty}")
         if self.top_p > 1:
             raise ValueError(f"decoding.top_p must be at most 1, not {self.top_p}")
         if self.n_best > self.beam_size:
@@ -96,6 +101,12 @@ class DecodingSettings:
         self._check_strategy()
         if self.end_tokens is not None and not self.end_tokens:
             raise ValueError("decoding.end_tokens must name at least one token id, or be null")
+
+    @property
+    def takes_phrases(self) -> bool:
+        """Whether outputs can be required to contain phrases."""
+        plain = self.strategy is Strategy.beam and self.dialect is Dialect.reference
+        return plain and self.beam_groups == 1
 
     def _check_strategy(self) -> None:
         if self.beam_size % self.beam_groups:

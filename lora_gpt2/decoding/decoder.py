@@ -36,7 +36,8 @@ def decode(
 
     `phrases`, for each context, are token lists that its outputs must contain.
 
-    Raises ValueError when a context and `eval_len` together exceed the model's positions.
+    Raises ValueError when a context is empty, or exceeds the model's positions together with `eval_len`, and
+    for phrases where `settings` take none.
     """
     asked = zip(contexts, phrases or [()] * len(contexts), strict=True)
     queries = (Query(number, context, phrases=own) for number, (context, own) in enumerate(asked))
@@ -62,7 +63,10 @@ def decode_stream(
     pool = _Pool(model, settings, end_tokens, len(fresh))
     while fresh or pool.numbers:
         if fresh:
-            pool.admit(fresh)
+            while fresh:
+                size = max(1, _PADDED // max(len(query.context) for query in fresh))
+                pool.admit(fresh[:size])
+                fresh = fresh[size:]
         else:
             pool.step()
         yield from pool.take_done()
@@ -89,8 +93,11 @@ _SHARE = 8
 """New queries enter, or the pool shrinks, when one place in so many is free: either costs about a step."""
 
 
-_ROWS = 32
-"""Rows that are computed at a time are a multiple of this."""
+_MULTIPLE = 32
+"""Beams that are computed at a time are a multiple of this."""
+
+_PADDED = 8192
+"""Tokens of contexts, padding included, that run through the model at a time."""
 
 
 class _Pool:
@@ -101,7 +108,8 @@ class _Pool:
     ) -> None:
         self.model, self.places = model, places
         self.device = model.transformer.wte.weight.device
-        self.search = Search(settings, end_tokens, self.device, model.config.n_ctx - settings.eval_len)
+        longest = max(0, model.config.n_ctx - settings.eval_len)
+        self.search = Search(settings, end_tokens, self.device, longest)
         self.numbers: dict[int, int] = {}  # of the query at each taken place
         self.contexts = torch.zeros(places, dtype=torch.long, device=self.device)  # (P,) lengths
         self.parents = torch.zeros(places, settings.beam_size, dtype=torch.long, device=self.device)
@@ -115,9 +123,9 @@ class _Pool:
         self.numbers |= zip(free, (query.number for query in queries), strict=True)
         for place, query in zip(free, queries, strict=True):
             self.phrases[place] = query.phrases
+        self._check(queries)
         places = torch.tensor(free, device=self.device)
         lengths = torch.tensor([len(query.context) for query in queries], device=self.device)
-        self._check(int(lengths.max()))
         rows = [torch.tensor(query.context, device=self.device) for query in queries]
         caches = [RowCache() for _ in self.model.transformer.h]
         hidden = self.model.transformer.hidden_states(pad_sequence(rows, batch_first=True), caches=caches)
@@ -138,7 +146,7 @@ class _Pool:
         beams = self.beams
         alive = beams.running > -torch.inf
         computed = _rounded(alive)
-        self.tree.advance(self.parents, computed)
+        self.tree.advance(self.parents, alive, computed)
         newest = (beams.lengths - 1).clamp(min=0)
         tokens = beams.tokens.gather(2, newest[:, None, None].expand(*self.parents.shape, 1))  # (P, K, 1)
         positions = (self.contexts + newest)[:, None, None].expand_as(tokens)
@@ -173,18 +181,23 @@ class _Pool:
         self.beams.lengths[rows] = 0
         self.beams.running[rows] = -torch.inf
 
-    def _check(self, longest: int) -> None:
-        positions, eval_len = self.model.config.n_ctx, self.search.settings.eval_len
-        if longest + eval_len > positions:
-            what = f"a context of {longest} tokens and eval_len {eval_len}"
+    def _check(self, queries: Sequence[Query]) -> None:
+        positions, settings = self.model.config.n_ctx, self.search.settings
+        longest = max(len(query.context) for query in queries)
+        if longest + settings.eval_len > positions:
+            what = f"a context of {longest} tokens and eval_len {settings.eval_len}"
             raise ValueError(f"{what} exceed the model's {positions} positions")
+        if not all(len(query.context) for query in queries):
+            raise ValueError("a context has no token")
+        if any(query.phrases for query in queries) and not settings.takes_phrases:
+            raise ValueError("phrases need strategy=beam, dialect=reference and beam_groups=1")
 
 
 def _rounded(alive: Tensor) -> Tensor:
-    """(P, K) `alive` and some that are not, so that there are few different numbers of rows.
+    """(P, K) `alive` and some that are not, so that the blocks have few different numbers of rows.
 
     Libraries prepare products for each, and keep what they prepared.
     """
     rows = alive.flatten().clone()
-    rows[(~rows).nonzero()[: -int(rows.sum()) % _ROWS, 0]] = True
+    rows[(~rows).nonzero()[: -int(rows.sum()) % _MULTIPLE, 0]] = True
     return rows.view_as(alive)

@@ -1,6 +1,8 @@
 """The prediction loop: each different context once, spread over the ranks, written in row order."""
 
+import contextlib
 import json
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -146,7 +148,7 @@ class Parts:
         Raises UserError where one of the folders holds outputs of something else.
         """
         self.folders = [folder] if earlier is None else [folder, earlier]
-        self.fingerprint = fingerprint
+        self._header = json.dumps({"decoding": fingerprint}).encode() + b"\n"
         self._file: IO[str] | None = None
         self._places: dict[int, tuple[Path, int]] = {}
         self.read()
@@ -170,7 +172,7 @@ class Parts:
                 os.truncate(path, whole)
             self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (stays open)
             if not whole:
-                self._file.write(json.dumps({"decoding": self.fingerprint}) + "\n")
+                self._file.write(self._header.decode())
         self._file.write(json.dumps([number, outputs]) + "\n")
         self._file.flush()
 
@@ -179,7 +181,7 @@ class Parts:
         path, place = self._places[number]
         with open(path, "rb") as file:
             file.seek(place)
-            return [Hypothesis(*values) for values in json.loads(file.readline())[1]]
+            return _parsed(file.readline())[1]
 
     def remove(self) -> None:
         """Deletes the files in the run's own folder."""
@@ -187,17 +189,25 @@ class Parts:
             path.unlink()
 
     def _index(self, path: Path) -> None:
+        """A line that does not hold outputs counts as not there: they are decoded again."""
         with open(path, "rb") as file:
             header = file.readline()
             if not header.endswith(b"\n"):
                 return
-            if json.loads(header) != {"decoding": self.fingerprint}:
+            if header != self._header:
                 what = "holds outputs of an interrupted decoding of something else, or with other settings"
                 raise UserError(path, what, "give those settings again, choose another folder, or delete it")
             place = file.tell()
             while (line := file.readline()).endswith(b"\n"):
-                self._places.setdefault(int(line[1 : line.index(b",")]), (path, place))
+                with contextlib.suppress(ValueError, TypeError):
+                    self._places.setdefault(_parsed(line)[0], (path, place))
                 place = file.tell()
+
+
+def _parsed(line: bytes) -> tuple[int, list[Hypothesis]]:
+    """Number and outputs of a query. Raises ValueError or TypeError for another line."""
+    number, outputs = json.loads(line)
+    return int(number), [Hypothesis(*values) for values in outputs]
 
 
 def write_predictions(
@@ -213,9 +223,10 @@ def write_predictions(
             found = parts.outputs(number)
             tokens, score, _ = found[0]
             predict = tokens + [0] * (settings.eval_len - len(tokens))
-            line: dict[str, Any] = {"id": row, "predict": predict, "score": score, "text": clean(tokens)}
+            finite = score if math.isfinite(score) else None  # all was forbidden
+            line: dict[str, Any] = {"id": row, "predict": predict, "score": finite, "text": clean(tokens)}
             if adapter := queries.adapters[number]:
                 line["adapter"] = adapter
             if settings.n_best > 1:
                 line["n_best"] = [{"text": clean(one.tokens), **one._asdict()} for one in found]
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")

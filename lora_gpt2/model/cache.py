@@ -81,9 +81,13 @@ class BeamTree:
         self.sees[places] = (slots < lengths[:, None])[:, None]
         for layer, present in zip(self.layers, presents, strict=True):
             layer.table[:, places, :, :size] = present
+            layer.table[:, places, :, size:] = 0  # what is not finite stays so even when nobody looks
 
-    def advance(self, parents: Tensor, alive: Tensor) -> None:
-        """Beam k goes on from beam parents[:, k] (P, K), and its next token gets a slot, if it is `alive`."""
+    def advance(self, parents: Tensor, alive: Tensor, computed: Tensor) -> None:
+        """Beam k goes on from beam parents[:, k] (P, K) if it is `alive`; those `computed` get a slot.
+
+        A beam that is computed and not alive sees its own token alone.
+        """
         self.sees = self.sees.gather(1, parents[..., None].expand(-1, -1, self.sees.size(2)))
         self.sees &= alive[..., None]
         taken, beams = self.sees.any(dim=1), parents.size(1)  # (P, S)
@@ -91,15 +95,15 @@ class BeamTree:
         self._resize(int(last.maximum(taken.sum(dim=1).amax() + beams)))
         free = ~self.sees.any(dim=1)
         slots = free.sort(dim=1, descending=True, stable=True).indices[:, :beams]  # (P, K)
-        self.sees.scatter_(2, slots[..., None], alive[..., None])
+        self.sees.scatter_(2, slots[..., None], computed[..., None])
         unseen = ~self.sees[:, None]  # (P, 1, K, S)
         mask = self.layers[0].table.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
-        rows = alive.flatten().nonzero().squeeze(1)
+        rows = computed.flatten().nonzero().squeeze(1)
         heads = self.layers[0].table.size(2)
         first = (rows // beams * heads)[:, None] + torch.arange(heads, device=rows.device)  # (N, H)
         written = (first * self.sees.size(2) + slots.flatten()[rows, None]).flatten()
         for layer in self.layers:
-            layer.written, layer.mask, layer.alive = written, mask, rows
+            layer.written, layer.mask, layer.computed = written, mask, rows
 
     def keep(self, places: Tensor) -> None:
         """Only `places` (P',) stay, in this order."""
@@ -122,10 +126,10 @@ class BeamLayer:
     def __init__(self, places: int, like: Tensor) -> None:
         self.table = like.new_zeros(2, places, like.size(2), 0, like.size(4))  # (2, P, H, S, D)
         self._memory = self.table.flatten()
-        self.written = self.mask = self.alive = torch.empty(0)
+        self.written = self.mask = self.computed = torch.empty(0)
 
     def resize(self, slots: int) -> None:
-        """Room for `slots`; what lies behind them is given up."""
+        """Room for `slots`; of fewer than before the memory is kept for later."""
         self._lay(self.table[..., :slots, :].clone(), slots)
 
     def keep(self, places: Tensor) -> None:
@@ -146,16 +150,16 @@ class BeamLayer:
         self.table[..., given:, :] = 0
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
-        """One token for each of the N beams that are alive: (N, H, 1, D) each, and the result too."""
+        """One token for each of the N beams that are computed: (N, H, 1, D) each, and the result too."""
         assert p == 0, "beams are decoded in eval mode"
         (_, places, heads, slots, width), beams = self.table.shape, self.mask.size(2)
         for table, new in zip(self.table, (k, v), strict=True):
             table.view(-1, width).index_copy_(0, self.written, new.reshape(-1, width))
         asked = q.new_empty(places * beams, heads, width)  # nothing reads what other beams ask
-        asked.index_copy_(0, self.alive, q.squeeze(2) * width**-0.5)
+        asked.index_copy_(0, self.computed, q.squeeze(2) * width**-0.5)
         asked = asked.view(places, beams, heads, width).transpose(1, 2).reshape(-1, beams, width)
         keys, values = self.table.flatten(1, 2)  # (P * H, S, D) each
         weights = (asked @ keys.transpose(1, 2)).view(places, heads, beams, slots).add_(self.mask)
         out = weights.softmax(dim=-1).flatten(0, 1) @ values  # (P * H, K, D)
         out = out.view(places, heads, beams, width).transpose(1, 2).reshape(-1, heads, width)
-        return out.index_select(0, self.alive)[:, :, None]
+        return out.index_select(0, self.computed)[:, :, None]

@@ -3,6 +3,7 @@
 On a CPU a product's weights lie in oneDNN's own blocks, once, instead of being copied there at each call.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -39,6 +40,19 @@ class PackedLinear(nn.Module):
         return result
 
 
+@cache
+def _sums_are_whole() -> bool:
+    """Whether 8-bit products are added up whole. Processors without VNNI add pairs of them in 16 bits, which
+    overflow unless weights have 7 bits.
+    """
+    weight, x = torch.full((16, 64), 127, dtype=torch.int8), torch.full((1, 64), 255, dtype=torch.uint8)
+    packed: Any = torch.ops.onednn.qlinear_prepack(weight, [1, 64])
+    product: Any = torch.ops.onednn.qlinear_pointwise
+    weights = packed, torch.ones(16), torch.zeros(16, dtype=torch.long), None
+    found: Tensor = product(x, 1.0, 0, *weights, 1.0, 0, torch.float32, "none", [], "")
+    return bool((found == 255 * 127 * 64).all())
+
+
 class Int8Linear(nn.Module):
     """As `PackedLinear`, of 8-bit integers: W rounded by output, x by row, so that no row changes another."""
 
@@ -47,9 +61,10 @@ class Int8Linear(nn.Module):
         super().__init__()
         weight = weight.detach().float().contiguous()
         size = weight.abs().amax(dim=1).clamp(min=_TINY)  # (out,)
-        rounded = (weight * (127 / size)[:, None]).round().to(torch.int8)
+        most = 127 if _sums_are_whole() else 63
+        rounded = (weight * (most / size)[:, None]).round().to(torch.int8)
         self.weight: Any = torch.ops.onednn.qlinear_prepack(rounded, [_ROWS, rounded.size(1)])
-        self.scales, self.zeros = size / 127, torch.zeros(len(size), dtype=torch.long)
+        self.scales, self.zeros = size / most, torch.zeros(len(size), dtype=torch.long)
         self.bias = None if bias is None else bias.detach()
         self.activation = activation
 
@@ -80,6 +95,8 @@ def prepare_for_decoding(model: GPT2LMModel, precision: Precision) -> GPT2LMMode
     Where LoRA is not merged, as with several adapters over one base, its weights stay as they lie.
     Raises UserError where products of 8-bit integers are asked for and cannot be had.
     """
+    if isinstance(model.lm_head.decoder, PackedLinear | Int8Linear):
+        return model  # it is laid out already
     small = precision is Precision.int8
     model.eval().to(torch.float32 if small else getattr(torch, precision.value))
     layer = Int8Linear if small else PackedLinear
@@ -100,7 +117,10 @@ def prepare_for_decoding(model: GPT2LMModel, precision: Precision) -> GPT2LMMode
 def _packs(model: GPT2LMModel) -> bool:
     """Whether all is merged, and products run on a CPU, by a torch that packs weights."""
     weight = model.transformer.wte.weight
-    there = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    products = (torch.ops.mkldnn, "_linear_pointwise"), (torch.ops.onednn, "qlinear_pointwise")
+    there = torch._C._has_mkldnn and all(hasattr(library, name) for library, name in products)
+    if weight.dtype is torch.bfloat16:
+        there = there and getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
     merged = all(layer.merged for layer in model.lora_layers())
     return there and merged and weight.is_cpu and weight.dtype in (torch.float32, torch.bfloat16)
 

@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lora_gpt2.training.config import OptimizerSettings, Schedule
 
 
 class Progress(Callback):
-    """One line every `every` seconds: step, loss, learning rate, tokens per second, time left.
+    """One line every `every` seconds: step, loss, learning rate, tokens per second, time left (h:mm:ss).
 
     Reads the same on a terminal and in a log file. Tokens are those that the model runs over, padding
     left out, on this device.
@@ -24,7 +25,7 @@ class Progress(Callback):
     def __init__(self, every: float = 10.0) -> None:
         self.every = every
         self._start = self._printed = 0.0
-        self._tokens = self._first_step = 0
+        self._tokens = self._first_step = self._decoded = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self._printed = time.monotonic()
@@ -54,16 +55,17 @@ class Progress(Callback):
             )
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start = self._printed = time.monotonic()
-        self._tokens = 0
+        self._decoded = 0
 
     def on_decoded(self, total: int) -> None:
-        """One of the `total` contexts of this device is done."""
-        self._tokens += 1
-        if self._due():
-            speed = self._tokens / (self._printed - self._start)
-            left = self._left(self._tokens, total - self._tokens)
-            _say(f"  decoded {self._tokens}/{total}  {speed:.1f} contexts/s  {left} left")
+        """One of the `total` contexts of this device is done; the first sets the clock."""
+        if self._decoded == 0:
+            self._start = self._printed = time.monotonic()
+        self._decoded += 1
+        if self._decoded > 1 and self._due():
+            speed = (self._decoded - 1) / (self._printed - self._start)
+            left = self._left(self._decoded - 1, total - self._decoded)
+            _say(f"  decoded {self._decoded}/{total}  {speed:.3g} contexts/s  {left} left")
 
     def _due(self) -> bool:
         now = time.monotonic()
@@ -74,7 +76,7 @@ class Progress(Callback):
 
     def _left(self, done: int, left: int) -> str:
         seconds = int((self._printed - self._start) / max(1, done) * left)
-        return f"{seconds // 60}:{seconds % 60:02}"
+        return str(timedelta(seconds=seconds))
 
 
 class BestCheckpoints(ModelCheckpoint):

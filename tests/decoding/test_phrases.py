@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from lora_gpt2.decoding.config import DecodingSettings
+from lora_gpt2.decoding.config import DecodingSettings, Dialect, Strategy
 from lora_gpt2.decoding.decoder import decode
 from lora_gpt2.decoding.phrases import Candidate, allocate, missing, said, wanted
 from lora_gpt2.model.config import GPT2Config
@@ -74,3 +74,29 @@ def test_what_cannot_be_said_in_time_is_left_out(model):
     settings = DecodingSettings(beam_size=4, eval_len=2)
     ((output, *_),) = decode(model, [[3, 4]], settings, [END], [[[1, 2, 3, 4]]])
     assert 0 < len(output.tokens) <= 2
+
+
+def test_an_output_is_never_empty_for_a_phrase_that_cannot_be_said(model):
+    """The phrase holds the end token, or repeats what may not be repeated: the best without it is given."""
+    contexts = [[token] for token in range(VOCAB)]
+    for phrase in ([3, END, 4], [5, 6, 7, 8, 5, 6, 7, 8]):
+        found = decode(
+            model, contexts, DecodingSettings(beam_size=1, eval_len=20), [END, 3], [[phrase]] * VOCAB
+        )
+        assert all(output.tokens for (output,) in found)
+    settings = DecodingSettings(beam_size=VOCAB, eval_len=1, min_length=1)
+    ((bound,),) = decode(model, [[1]], settings, [END], [[[END]]])
+    assert bound == decode(model, [[1]], settings, [END])[0][0]
+
+
+@pytest.mark.parametrize("other", [{"dialect": "hf"}, {"strategy": "sample"}, {"beam_groups": 2}])
+def test_other_searches_take_no_phrases(model, other):
+    kinds = {"dialect": Dialect, "strategy": Strategy}
+    settings = DecodingSettings(**{k: kinds.get(k, int)(v) for k, v in other.items()}, eval_len=4)
+    with pytest.raises(ValueError, match="phrases need strategy=beam"):
+        decode(model, [[1]], settings, [END], [[[2]]])
+
+
+def test_a_context_has_a_token(model):
+    with pytest.raises(ValueError, match="a context has no token"):
+        decode(model, [[1], []], DecodingSettings(eval_len=4), [END])

@@ -82,6 +82,22 @@ def test_a_file_cut_at_any_byte_loses_only_its_last_line(tmp_path, torn):
     assert all(map(json.loads, lines))
 
 
+@pytest.mark.parametrize("damage", [b"garbage{", b"1, XX", b"[1, XX", b"[1, [[3]]]", b"[null, []]", b"\xff"])
+def test_a_damaged_line_is_decoded_again(tmp_path, damage):
+    parts_of(tmp_path, 1, 4)
+    path = tmp_path / ".part-0.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], damage, *lines[3:], b""]))
+    assert Parts(tmp_path, "f").finished == {0, 2, 3}
+
+
+@pytest.mark.parametrize("header", [b"hello", b"", b"\xff", b"[]"])
+def test_a_file_of_another_kind_is_refused(tmp_path, header):
+    (tmp_path / ".part-0.jsonl").write_bytes(header + b"\n")
+    with pytest.raises(UserError, match="holds outputs of an interrupted decoding of something else"):
+        Parts(tmp_path, "f")
+
+
 def test_an_interrupted_run_in_another_folder_is_gone_on_from(tmp_path):
     (old := tmp_path / "old").mkdir()
     (new := tmp_path / "new").mkdir()

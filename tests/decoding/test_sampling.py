@@ -64,6 +64,19 @@ def test_the_seed_decides_and_neither_batch_nor_neighbours(model):
     assert len({tuple(h.tokens) for h in one[0]}) > 1
 
 
+@pytest.mark.parametrize("size", [3, 8])
+def test_samples_keep_their_own_history_as_queries_come_and_go(model, size):
+    """The log-probabilities are those of the tokens before, whatever was decoded beside them."""
+    contexts, settings = CONTEXTS * 4, sampling(eval_len=30, batch_size=size, no_repeat_ngram_size=0)
+    for context, found in zip(contexts, decode(model, contexts, settings, [12, 3]), strict=True):
+        for hypothesis in found:
+            with torch.no_grad():
+                logits = model(torch.tensor([[*context, *hypothesis.tokens]]))[0][0]
+            log_probs = logits[len(context) - 1 : -1].log_softmax(-1)
+            expected = log_probs.gather(1, torch.tensor(hypothesis.tokens)[:, None])[:, 0]
+            assert hypothesis.log_probs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
 def test_samples_keep_the_rules(model):
     settings = sampling(no_repeat_ngram_size=2, min_length=5, top_k=3)
     for found in decode(model, CONTEXTS, settings, [12]):

@@ -59,13 +59,17 @@ def test_each_beam_sees_what_it_descends_from(seed):
         going_on = alive.any(dim=1, keepdim=True)
         parents = torch.where(going_on, alive.float(), 1.0).multinomial(BEAMS, replacement=True)
         alive = going_on & (torch.rand(PLACES, BEAMS) < 0.8)
-        tree.advance(parents, alive)
+        computed = alive | (torch.rand(PLACES, BEAMS) < 0.3)
+        tree.advance(parents, alive, computed)
         owned.advance(parents)
-        rows = alive.nonzero().tolist()
+        rows = computed.nonzero().tolist()
         for number, layer in enumerate(tree.layers):
             q, k, v = torch.randn(3, len(rows), HEADS, 1, WIDTH)
             found = layer.attend(q, k, v)
+            assert bool(found.isfinite().all())
             for row, (place, beam) in enumerate(rows):
+                if not alive[place, beam]:
+                    continue
                 kv = torch.stack((k[row, :, 0], v[row, :, 0]))
                 expected = owned.attend(place, beam, number, q[row], kv)
                 torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-5)
@@ -79,7 +83,7 @@ def test_memory_is_that_of_what_is_alive():
     tree.admit(torch.tensor([0]), torch.tensor([5]), [torch.randn(2, 1, HEADS, 5, WIDTH)])
     alive = torch.ones(1, 8, dtype=torch.bool)
     for step in range(100):
-        tree.advance(torch.zeros(1, 8, dtype=torch.long), alive)
+        tree.advance(torch.zeros(1, 8, dtype=torch.long), alive, alive)
         needed = 5 + step + 8  # the context, one token a step, and the newest
         assert needed <= tree.sees.size(2) < needed + 64
         tree.layers[0].attend(*torch.randn(3, 8, HEADS, 1, WIDTH))
@@ -91,7 +95,8 @@ def test_places_that_are_given_up_take_nothing_along():
     present = torch.randn(2, 3, HEADS, 4, WIDTH)
     tree.admit(torch.tensor([0, 1, 2]), torch.tensor([4, 4, 4]), [present])
     tree.keep(torch.tensor([2, 0]))
-    tree.advance(torch.zeros(2, 2, dtype=torch.long), torch.tensor([[True, False], [True, False]]))
+    alive = torch.tensor([[True, False], [True, False]])
+    tree.advance(torch.zeros(2, 2, dtype=torch.long), alive, alive)
     q, k, v = torch.randn(3, 2, HEADS, 1, WIDTH)
     found = tree.layers[0].attend(q, k, v)
     for row, place in enumerate((2, 0)):

@@ -1,5 +1,9 @@
 """The model laid out for decoding computes what the model computes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -77,3 +81,32 @@ def test_products_of_8_bit_integers(activation, bias):
 def test_8_bit_integers_are_refused_where_they_cannot_be_had():
     with pytest.raises(UserError, match="one adapter at a time"):
         prepare_for_decoding(build(), Precision.int8)
+
+
+@pytest.mark.parametrize("processor", ["AVX2", "AVX512_CORE"])
+def test_processors_without_products_of_short_types(processor):
+    """Without VNNI sums of 8-bit products could overflow; without AVX-512 there are no blocks of bfloat16."""
+    tests = [f"{__file__}::test_logits_stay", f"{__file__}::test_no_sum_overflows"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not bfloat16", *tests]
+    run = {"env": {**os.environ, "ONEDNN_MAX_CPU_ISA": processor}, "capture_output": True, "text": True}
+    assert " passed" in (done := subprocess.run(command, **run, check=False)).stdout, done.stdout
+    assert done.returncode == 0, done.stdout
+    code = "from tests.model import test_inference as t; t.decode_in_bfloat16()"
+    subprocess.run([sys.executable, "-c", code], **run, check=True)
+
+
+def test_no_sum_overflows():
+    """The worst case: everything as large as it can be, with one sign."""
+    layer = Int8Linear(torch.ones(48, 64), None)
+    torch.testing.assert_close(layer(torch.ones(3, 64)), torch.full((3, 48), 64.0))
+
+
+def decode_in_bfloat16() -> None:
+    model = build()
+    model.merge()
+    prepare_for_decoding(prepare_for_decoding(model, Precision.bfloat16), Precision.bfloat16)
+    assert len(decode(model, [[1, 2], [3]], DecodingSettings(beam_size=2, eval_len=5), [0])) == 2
+
+
+def test_a_model_is_laid_out_once():
+    decode_in_bfloat16()
