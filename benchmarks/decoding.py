@@ -12,23 +12,19 @@ for contexts that `lora-gpt2 encode` wrote. `--output FOLDER` keeps figures and 
 
 import argparse
 import json
-import os
-import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-Contexts = list[list[int]]
-Decode = Callable[[Contexts], list[list[int]]]
+from machine import machine
+from programs import OPENERS, Contexts
+
+from lora_gpt2.memory import most_resident
 
 CPU_PROGRAMS = [
     "ours:float32:16",
@@ -65,6 +61,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.scores and options.contexts is None:
+        parser.error("--scores needs --contexts")
     if options.one:
         measure(options, *options.one)
         return
@@ -137,132 +135,25 @@ def measure(options: argparse.Namespace, program: str, model: str, folder: str) 
     start = time.perf_counter()
     outputs = opened(contexts)
     seconds = time.perf_counter() - start
-    for kept in filter(None, (Path(folder), options.output)):
-        kept.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"id": i, "predict": tokens}) + "\n" for i, tokens in enumerate(outputs)]
-        (kept / f"{program.replace(':', '-')}.jsonl").write_text("".join(lines))
+    lines = [json.dumps({"id": i, "predict": tokens}) + "\n" for i, tokens in enumerate(outputs)]
+    for place in filter(None, (Path(folder), options.output)):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / kept(program)).write_text("".join(lines))
     print(json.dumps({"seconds": seconds, "peak_gb": peak(options.device)}))
 
 
-def ours(options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path) -> Decode:
-    from lora_gpt2.decoding.config import DecodingSettings
-    from lora_gpt2.decoding.decoder import decode
-    from lora_gpt2.model.inference import prepare_for_decoding
-    from lora_gpt2.model.settings import Precision
-    from lora_gpt2.weights.pretrained import build_base, describe_base
-
-    settings = DecodingSettings(
-        beam_size=options.beams,
-        eval_len=options.eval_len,
-        no_repeat_ngram_size=options.ngram,
-        length_penalty=options.length_penalty,
-        batch_size=batch,
-    )
-    about = describe_base(str(model))
-    assert about is not None
-    loaded = build_base(about.gpt2_config, str(model), about.card, about.tokenizer, 0).to(options.device)
-    loaded = prepare_for_decoding(loaded, Precision(dtype))
-    ends = options.ends or [loaded.config.vocab_size]
-
-    def run(contexts: Contexts) -> list[list[int]]:
-        order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
-        found = decode(loaded, [contexts[i] for i in order], settings, ends)
-        outputs = {i: best[0].tokens for i, best in zip(order, found, strict=True)}
-        return [outputs[i] for i in range(len(contexts))]
-
-    return run
-
-
-def transformers(
-    options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path, **more: Any
-) -> Decode:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    loaded = (
-        AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(options.device).eval()
-    )
-    loaded.generation_config.eos_token_id = None
-    pad = options.ends[0] if options.ends else 0
-
-    def run(contexts: Contexts) -> list[list[int]]:
-        order = sorted(range(len(contexts)), key=lambda i: -len(contexts[i]))
-        outputs: list[list[int]] = [[] for _ in contexts]
-        for first in range(0, len(order), batch):
-            numbers = order[first : first + batch]
-            longest = len(contexts[numbers[0]])
-            ids = torch.tensor([[pad] * (longest - len(contexts[i])) + contexts[i] for i in numbers])
-            mask = torch.tensor(
-                [[0] * (longest - len(contexts[i])) + [1] * len(contexts[i]) for i in numbers]
-            )
-            found = loaded.generate(
-                ids.to(options.device),
-                attention_mask=mask.to(options.device),
-                num_beams=options.beams,
-                max_new_tokens=options.eval_len,
-                no_repeat_ngram_size=options.ngram,
-                length_penalty=options.length_penalty,
-                do_sample=False,
-                pad_token_id=pad,
-                eos_token_id=options.ends or None,
-                **more,
-            )
-            for i, tokens in zip(numbers, found[:, longest:].tolist(), strict=True):
-                outputs[i] = cut(tokens, options.ends)
-        return outputs
-
-    return run
-
-
-def transformers_static(*arguments: Any) -> Decode:
-    return transformers(*arguments, cache_implementation="static")
-
-
-def ctranslate2(options: argparse.Namespace, dtype: str, batch: int, model: Path, folder: Path) -> Decode:
-    from ctranslate2 import Generator
-
-    generator = Generator(str(folder / "ctranslate2"), device=options.device, compute_type=dtype)
-    names = json.loads((folder / "ctranslate2" / "vocabulary.json").read_text())
-
-    def run(contexts: Contexts) -> list[list[int]]:
-        found = generator.generate_batch(
-            [[names[token] for token in context] for context in contexts],
-            max_batch_size=batch,
-            beam_size=options.beams,
-            max_length=options.eval_len,
-            min_length=0 if options.ends else options.eval_len,
-            no_repeat_ngram_size=options.ngram,
-            length_penalty=options.length_penalty,
-            include_prompt_in_result=False,
-            end_token=options.ends or None,
-        )
-        return [result.sequences_ids[0] for result in found]
-
-    return run
-
-
-OPENERS: dict[str, Callable[..., Decode]] = {
-    "ours": ours,
-    "transformers": transformers,
-    "transformers-static": transformers_static,
-    "ctranslate2": ctranslate2,
-}
-
-
-def cut(tokens: list[int], ends: list[int]) -> list[int]:
-    """Up to the first end token, itself included."""
-    return tokens[: next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))]
+def kept(program: str) -> str:
+    """The file of a program's outputs."""
+    return f"{program.replace(':', '-')}.jsonl"
 
 
 def peak(device: str) -> float:
     """The most memory that this process ever held, in GB."""
-    if device != "cpu":
-        import torch
+    if device == "cpu":
+        return most_resident() / 1e9
+    import torch
 
-        return torch.cuda.max_memory_allocated() / 1e9
-    return (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    )
+    return torch.cuda.max_memory_allocated() / 1e9
 
 
 def quality(options: argparse.Namespace, programs: list[str], folder: Path) -> dict[str, dict[str, Any]]:
@@ -280,9 +171,8 @@ def quality(options: argparse.Namespace, programs: list[str], folder: Path) -> d
     ):
         references.get(context, []).append(row.completion)
     outputs = {
-        program: [json.loads(line)["predict"] for line in (folder / name).read_text().splitlines()]
+        program: [json.loads(line)["predict"] for line in (folder / kept(program)).read_text().splitlines()]
         for program in programs
-        if (name := f"{program.replace(':', '-')}.jsonl")
     }
     found: dict[str, dict[str, Any]] = {}
     for program, own in outputs.items():
@@ -318,35 +208,6 @@ def report(
         about = {"settings": settings, **machine(), "runs": results}
         about |= {"scores": scores} if scores else {}
         (options.output / "results.json").write_text(json.dumps(about, indent=2) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """Where and when this was measured, and with what."""
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")), "")
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu or platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: installed(name) for name in ("torch", "transformers", "ctranslate2", "lora-gpt2")},
-    }
-
-
-def cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import machine
+from machine import machine
 
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.decoder import decode

@@ -180,8 +180,8 @@ def _queries(settings: GenerateSettings, data: DataToText, models: Mapping[str, 
 
 def _line(settings: GenerateSettings, data: DataToText, row: int) -> str:
     """Where the user finds a row: in a JSONL corpus each line is one."""
-    own = settings.data.corpus is Corpus.jsonl and settings.data.root is not None
-    folder = Path(str(settings.data.root)) if own else data.folder
+    root = settings.data.root if settings.data.corpus is Corpus.jsonl else None
+    folder = data.folder if root is None else Path(root)
     return f"{folder / settings.split}.jsonl:{row + 1}"
 
 

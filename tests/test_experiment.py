@@ -287,6 +287,12 @@ def test_types_are_named_once(tmp_path, run, tiny_corpus):
                  "decoding.precision=int8", "trainer.precision=bf16-mixed")  # fmt: skip
 
 
+def test_end_tokens_are_tokens(tmp_path, run, tiny_corpus):
+    with pytest.raises(UserError, match=r"decoding.end_tokens: 99999 is no token, the tokenizer has 0 to"):
+        generate(tmp_path, *DECODING, f"data.root={tiny_corpus}", f"adapter={run / 'adapter'}",
+                 "decoding.end_tokens=[99999]")  # fmt: skip
+
+
 def test_a_row_gets_the_phrases_that_it_requires(tmp_path, run):
     rows = [{"context": "red cat", "completion": "red cat !", "require": ["blue", "old tree"]},
             {"context": "red cat", "completion": "red cat !"}]  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.memory import LiveBytes
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import gpt2_config
 from lora_gpt2.plan import _count, _Shape, plan
@@ -81,8 +82,6 @@ def test_memory_is_counted_for_any_device_and_precision(device, precision):
 @pytest.mark.parametrize(("batch", "layers"), [(8, 2), (16, 4)])
 def test_the_estimate_is_what_tensors_really_take(batch, layers):
     """The same counter over real tensors of the same step."""
-    from lora_gpt2.memory import LiveBytes
-
     settings = settings_of("train", [f"model.n_layer={layers}", "model.n_embd=64", "model.n_head=2"])
     config = gpt2_config(settings.model, settings.lora, 300)
     memory, _ = _count(config, settings, "cpu", _Shape(batch, 20, 50))

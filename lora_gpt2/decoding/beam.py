@@ -76,8 +76,8 @@ class Search:
         """Adds a token to each beam: the beams' next state and their parents (Q, K).
 
         `hidden` (N, C) are what `head` makes logits of, for some rows at a time: of the beams that are alive,
-        those whose `running` is above -inf, in their order. `phrases`, for each
-        query, must be in its outputs; an output that ends without them competes only where no other does.
+        those whose `running` is above -inf, in their order. `phrases`, for each query, must be in its
+        outputs; an output that ends without them competes only where no other does.
         Raises ValueError when there are fewer tokens than are to be chosen.
         """
         if self.settings.strategy is Strategy.sample:

@@ -64,7 +64,7 @@ def decode_stream(
     while fresh or pool.numbers:
         if fresh:
             while fresh:
-                size = max(1, _PADDED // max(len(query.context) for query in fresh))
+                size = max(1, _CONTEXT_TOKENS // max(len(query.context) for query in fresh))
                 pool.admit(fresh[:size])
                 fresh = fresh[size:]
         else:
@@ -96,7 +96,7 @@ _SHARE = 8
 _MULTIPLE = 32
 """Beams that are computed at a time are a multiple of this."""
 
-_PADDED = 8192
+_CONTEXT_TOKENS = 8192
 """Tokens of contexts, padding included, that run through the model at a time."""
 
 

@@ -81,7 +81,7 @@ class BeamTree:
         self.sees[places] = (slots < lengths[:, None])[:, None]
         for layer, present in zip(self.layers, presents, strict=True):
             layer.table[:, places, :, :size] = present
-            layer.table[:, places, :, size:] = 0  # what is not finite stays so even when nobody looks
+            layer.table[:, places, :, size:] = 0  # NaN of an earlier query would outlast a weight of 0
 
     def advance(self, parents: Tensor, alive: Tensor, computed: Tensor) -> None:
         """Beam k goes on from beam parents[:, k] (P, K) if it is `alive`; those `computed` get a slot.

@@ -97,9 +97,9 @@ def prepare_for_decoding(model: GPT2LMModel, precision: Precision) -> GPT2LMMode
     """
     if isinstance(model.lm_head.decoder, PackedLinear | Int8Linear):
         return model  # it is laid out already
-    small = precision is Precision.int8
-    model.eval().to(torch.float32 if small else getattr(torch, precision.value))
-    layer = Int8Linear if small else PackedLinear
+    int8 = precision is Precision.int8
+    model.eval().to(torch.float32 if int8 else getattr(torch, precision.value))
+    layer = Int8Linear if int8 else PackedLinear
     if _packs(model):
         for block in model.transformer.h:
             assert isinstance(block, Block)
@@ -108,7 +108,7 @@ def prepare_for_decoding(model: GPT2LMModel, precision: Precision) -> GPT2LMMode
             assert isinstance(mlp, MLP)
             block.mlp = _PackedMLP(_packed(mlp.c_fc, layer, "gelu"), _packed(mlp.c_proj, layer))
         model.lm_head.decoder = layer(model.transformer.wte.weight, None)
-    elif small:
+    elif int8:
         what = "int8 needs a CPU, a torch with oneDNN, and one adapter at a time"
         raise UserError("decoding.precision", what, "choose float32 or bfloat16")
     return model

@@ -1,10 +1,12 @@
 """Samples: of the distribution that was asked for, the same for one seed, whatever else is decoded."""
 
+import math
+
 import pytest
 import torch
 
 from lora_gpt2.decoding.choices import drawn
-from lora_gpt2.decoding.config import DecodingSettings, Strategy
+from lora_gpt2.decoding.config import DecodingSettings, Dialect, Strategy
 from lora_gpt2.decoding.decoder import decode
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -111,13 +113,14 @@ def test_a_temperature_near_zero_is_greedy(model):
         ({"n_best": 5}, "n_best 5 is more than decoding.beam_size 4"),
         ({"beam_groups": 3}, "not divisible by decoding.beam_groups 3"),
         ({"beam_groups": 2}, "beam_groups needs decoding.strategy=beam"),
-        ({"dialect": "hf"}, "is a beam search"),
+        ({"dialect": Dialect.hf}, "is a beam search"),
+        ({"temperature": math.nan}, "temperature must be above 0 and finite"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty must be above 0 and finite"),
+        ({"length_penalty": 500}, "length_penalty must be from -10 to 10"),
+        ({"length_penalty": math.nan}, "length_penalty must be from -10 to 10"),
+        ({"diversity_penalty": math.inf}, "diversity_penalty must be finite"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(arguments, message):
-    from lora_gpt2.decoding.config import Dialect
-
-    if "dialect" in arguments:
-        arguments = {"dialect": Dialect.hf}
     with pytest.raises(ValueError, match=message):
         sampling(**arguments)
