@@ -62,13 +62,12 @@ def decode_stream(
         return
     pool = _Pool(model, settings, end_tokens, len(fresh))
     while fresh or pool.numbers:
-        if fresh:
-            while fresh:
-                size = max(1, _CONTEXT_TOKENS // max(len(query.context) for query in fresh))
-                pool.admit(fresh[:size])
-                fresh = fresh[size:]
-        else:
+        if not fresh:
             pool.step()
+        while fresh:
+            size = max(1, _CONTEXT_TOKENS // max(1, *(len(query.context) for query in fresh)))
+            pool.admit(fresh[:size])
+            fresh = fresh[size:]
         yield from pool.take_done()
         room = pool.places - len(pool.numbers)
         enough = room * _SHARE >= pool.places
@@ -119,11 +118,11 @@ class _Pool:
 
     def admit(self, queries: Sequence[Query]) -> None:
         """Runs the contexts and chooses their first tokens."""
+        self._check(queries)
         free = [place for place in range(self.places) if place not in self.numbers][: len(queries)]
         self.numbers |= zip(free, (query.number for query in queries), strict=True)
         for place, query in zip(free, queries, strict=True):
             self.phrases[place] = query.phrases
-        self._check(queries)
         places = torch.tensor(free, device=self.device)
         lengths = torch.tensor([len(query.context) for query in queries], device=self.device)
         rows = [torch.tensor(query.context, device=self.device) for query in queries]

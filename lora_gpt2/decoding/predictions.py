@@ -216,17 +216,34 @@ def write_predictions(
     """One line a row, in order: {"id", "predict", "score", "text"}, predict zero-padded to `eval_len`.
 
     `clean` makes texts of tokens. "adapter" is there where the row asked for one, and "n_best", the outputs
-    with the log-probabilities of their tokens, where there are several.
+    with the log-probabilities of their tokens, where there are several. Scores have five decimals.
     """
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         for row, number in queries.of_row.items():
             found = parts.outputs(number)
             tokens, score, _ = found[0]
             predict = tokens + [0] * (settings.eval_len - len(tokens))
-            finite = score if math.isfinite(score) else None  # all was forbidden
-            line: dict[str, Any] = {"id": row, "predict": predict, "score": finite, "text": clean(tokens)}
+            line: dict[str, Any] = {
+                "id": row,
+                "predict": predict,
+                "score": _rounded(score),
+                "text": clean(tokens),
+            }
             if adapter := queries.adapters[number]:
                 line["adapter"] = adapter
             if settings.n_best > 1:
-                line["n_best"] = [{"text": clean(one.tokens), **one._asdict()} for one in found]
+                line["n_best"] = [
+                    {
+                        "text": clean(one.tokens),
+                        "tokens": one.tokens,
+                        "score": _rounded(one.score),
+                        "log_probs": [_rounded(each) for each in one.log_probs],
+                    }
+                    for one in found
+                ]
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _rounded(score: float) -> float | None:
+    """To five decimals: the seventh digit depends on the rows beside. None where all was forbidden."""
+    return round(score, 5) if math.isfinite(score) else None
