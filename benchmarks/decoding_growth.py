@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def main() -> None:
         options.output.mkdir(parents=True, exist_ok=True)
         about = {"precision": options.precision, "repeats": options.repeats, **machine()}
         (options.output / "growth.json").write_text(json.dumps({**about, "runs": found}, indent=2) + "\n")
-        draw(found, options.output / "growth.svg")
+        draw(found, options.output / "growth.svg", "contexts per second")
 
 
 def measure(model: GPT2LMModel, contexts: list[list[int]], settings: DecodingSettings) -> float:
@@ -65,17 +66,20 @@ def measure(model: GPT2LMModel, contexts: list[list[int]], settings: DecodingSet
     return time.perf_counter() - start
 
 
-def draw(found: dict[str, dict[int, float]], path: Path) -> None:
+def draw(found: Mapping[str, Mapping[Any, float]], path: Path, label: str) -> None:
+    """A panel for each axis; values that are no numbers stand side by side."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(found), figsize=(10, 3), sharey=True)
     for panel, (axis, points) in zip(axes, found.items(), strict=True):
         style: dict[str, Any] = {"marker": "o", "color": "tab:blue"}
-        panel.loglog(list(points), list(points.values()), **style)
-        panel.set_xticks(list(points), [str(value) for value in points])
+        numbers = all(isinstance(value, int) for value in points)
+        places = list(points) if numbers else list(range(1, len(points) + 1))
+        (panel.loglog if numbers else panel.semilogy)(places, list(points.values()), **style)
+        panel.set_xticks(places, [str(value) for value in points])
         panel.set_xlabel(axis)
         panel.grid(alpha=0.3)
-    axes[0].set_ylabel("contexts per second")
+    axes[0].set_ylabel(label)
     figure.tight_layout()
     figure.savefig(path)
 

@@ -49,12 +49,15 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
     names = settings.model.name, data.tokenizer.sha256
     model = build_base(config, settings.base, *names, settings.seed, settings.base_may_lack)
+    model.transformer.gradient_checkpointing = settings.gradient_checkpointing
     module = LanguageModeling(
         model,
         settings.optimizer,
         settings.label_smoothing,
         settings.seed,
         base_sha256=base_hash(model) if settings.lora.rank else "",
+        dtype=runs.base_dtype(settings),
+        compiled=settings.compile,
     )
     screen.model(settings.model.name, model)
     if settings.lora.rank and settings.base is None:

@@ -5,6 +5,7 @@ device but no storage, so that they hold for every setting; time is that of a fe
 """
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,10 +22,19 @@ from lora_gpt2 import runs
 from lora_gpt2.data.batches import EncodedRows, LengthBuckets
 from lora_gpt2.data.module import DataToText
 from lora_gpt2.errors import UserError
-from lora_gpt2.memory import LiveBytes, forget_most_resident, most_resident, resident, size_of
+from lora_gpt2.memory import (
+    LiveBytes,
+    forget_most_resident,
+    keep_freed,
+    most_resident,
+    resident,
+    size_of,
+)
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.products import Frozen
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.training.optimization import build_optimizer
 from lora_gpt2.weights.store import plain_update
@@ -37,6 +47,14 @@ HELD = 1.25
 measured in five experiments on Linux, 1.05 to 1.4."""
 FIRST_USE = 50_000_000
 """Bytes that kernels and threads take when they are first used."""
+
+
+def _product_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * int(weight[0])
+
+
+ONEDNN = {torch.ops.mkldnn._linear_pointwise: _product_flops}
+"""Operations of the products that torch's counter does not know, by the shapes of x and W (out, in)."""
 
 
 class Memory(NamedTuple):
@@ -148,7 +166,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device {device}", "is not known", "use cpu or cuda")
     batches = _batches(rows, settings, device)
-    sizes = torch.tensor([[len(batch), int(rows.lengths[batch].max()) - 1] for batch in batches])
+    sizes = torch.tensor([rows[batch].input_ids.shape for batch in batches])
     positions = sizes.prod(dim=1)
     largest, mean = int(positions.argmax()), float(positions.double().mean())
     tokens = sum(int(rows.lengths[batch].sum()) - len(batch) for batch in batches)
@@ -168,7 +186,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
         seconds, peak = _run(config, settings, device, [rows[batches[i]] for i in order])
         timed = sum(int(positions[i]) for i in order[2:])
         measured = Measured(seconds / timed * mean * accumulated, peak)
-    mean_rows = len(rows) / len(batches)
+    mean_rows = float(sizes[:, 0].double().mean())
     typical = _Shape(round(mean_rows), round(mean / mean_rows), round(targets))
     _, flops = _count(config, settings, device, typical)
     with torch.device("meta"):
@@ -181,7 +199,7 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
         rows=len(rows),
         steps=_steps(arguments, len(batches), accumulated),
         padding=1 - tokens / int(positions.sum()),
-        padding_to_seq_len=1 - tokens / (int(sizes[:, 0].sum()) * (settings.data.seq_len - 1)),
+        padding_to_seq_len=1 - tokens / (sum(map(len, batches)) * (settings.data.seq_len - 1)),
         largest_batch=(count, width),
         flops_per_step=flops * accumulated,
         memory=memory,
@@ -245,17 +263,19 @@ def _count(config: GPT2Config, settings: TrainSettings, device: str, shape: _Sha
     there = device if torch.cuda.is_available() else "cpu"
     with FakeTensorMode(), torch.device(there), LiveBytes() as live:
         model, autocast = _built(config, settings, there)
-        weights = live.now
+        packed = _packed(model) if device == "cpu" else 0
+        weights = live.now + packed
         ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
         positions = torch.zeros(shape.targets, dtype=torch.long)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
             with autocast():
-                loss = model.loss_at(ids, positions, positions, settings.label_smoothing)
-            activations = live.now - weights
+                places = ids if settings.data.pack else None
+                loss = model.loss_at(ids, positions, positions, settings.label_smoothing, places)
+            activations = live.now + packed - weights
             torch.autograd.backward(loss)
         gradients = sum(size_of(parameter) for _, parameter in _trained(model))
     optimizer = ADAM_STATES * gradients
-    memory = Memory(weights, gradients, optimizer, activations, live.most + optimizer, 0)
+    memory = Memory(weights, gradients, optimizer, activations, live.most + packed + optimizer, 0)
     return memory, counter.get_total_flops()
 
 
@@ -267,6 +287,10 @@ def _run(config: GPT2Config, settings: TrainSettings, device: str, batches: list
     torch.manual_seed(settings.seed)
     model, autocast = _built(config, settings, device)
     model.to(device)
+    model.pack()
+    keep_freed()
+    if settings.compile:
+        model.compile_blocks()
     optimizer, _ = build_optimizer(_trained(model), settings.optimizer, len(batches))
     start = time.perf_counter()
     for number, batch in enumerate(batches):
@@ -274,8 +298,10 @@ def _run(config: GPT2Config, settings: TrainSettings, device: str, batches: list
             _synchronize(device)
             start = time.perf_counter()
         ids, labels, mask = (part.to(device) for part in batch[:3])
+        places = batch.position_ids
+        places = places if places is None else places.to(device)
         with autocast():
-            loss = model.completion_loss(ids, labels, mask, settings.label_smoothing)
+            loss = model.completion_loss(ids, labels, mask, settings.label_smoothing, places)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_([parameter for _, parameter in _trained(model)], 1.0)
         optimizer.step()
@@ -298,7 +324,8 @@ def _built(
     with _default_type(torch.float32 if kind == "mixed" else TYPES[bits]):
         model = GPT2LMModel(config).train()
     if settings.lora.rank:
-        model.train_only_lora()
+        model.train_only_lora(runs.base_dtype(settings))
+    model.transformer.gradient_checkpointing = settings.gradient_checkpointing
     if kind == "mixed":
         return model, lambda: torch.autocast(device, TYPES[bits])
     return model, contextlib.nullcontext
@@ -318,6 +345,14 @@ def _default_type(kind: torch.dtype) -> Iterator[None]:
 def _trained(model: GPT2LMModel) -> list[tuple[str, nn.Parameter]]:
     named = list(model.named_parameters())
     return [(name, p) for name, p in named if is_lora(name)] or named
+
+
+def _packed(model: GPT2LMModel) -> int:
+    """Bytes that `GPT2LMModel.pack` adds: each matrix's second layout, and both of the head."""
+    layers = [module for module in model.modules() if isinstance(module, MergedLinear)]
+    matrices = [layer.weight for layer in layers if layer.packs]
+    head = model.lm_head.weight
+    return sum(map(size_of, matrices)) + (2 * size_of(head) if Frozen.fits(head) else 0)
 
 
 def _by_part(model: GPT2LMModel) -> dict[str, int]:

@@ -14,7 +14,7 @@ from lora_gpt2.data.tokenizer import MERGES_FILES, Tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.model.settings import LoraSettings, gpt2_config
+from lora_gpt2.model.settings import LoraSettings, Precision, gpt2_config
 from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.weights.adapter import describe_adapter, open_adapter
@@ -38,6 +38,12 @@ def build_config(settings: TrainSettings, tokenizer: Tokenizer) -> GPT2Config:
         return gpt2_config(settings.model, settings.lora, tokenizer.vocab_size)
     except ValueError as error:
         raise UserError("model, lora", str(error), "change the settings named") from None
+
+
+def base_dtype(settings: TrainSettings) -> torch.dtype | None:
+    """What a frozen base is converted to; None: it stays as it is."""
+    kind: torch.dtype = getattr(torch, settings.precision.value)
+    return None if settings.precision is Precision.float32 else kind
 
 
 def load(settings: GenerateSettings, tokenizer: str, vocab_size: int) -> dict[str, GPT2LMModel]:

@@ -20,10 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.errors import UserError
-from lora_gpt2.model.settings import LoraSettings, ModelSettings
+from lora_gpt2.model.settings import LoraSettings, ModelSettings, Precision
 from lora_gpt2.training.config import OptimizerSettings
 
 S = TypeVar("S")
+
+PLAIN = (None, "32-true", "32", 32)
+"""What `trainer.precision` says where Lightning converts nothing."""
 
 
 class ConfigError(CompactHydraException):
@@ -60,8 +63,22 @@ class TrainSettings:
     """Print what would be trained, and stop."""
     seed: int = 42
     """Of weights, order and dropout."""
+    precision: Precision = Precision.float32
+    """What the frozen base under LoRA is kept and computed in, float32 or bfloat16; LoRA stays float32."""
+    compile: bool = False
+    """Compile what gets faster by it; on a CPU that needs a C++ compiler, and takes some ten seconds."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the block again for its gradients: less memory, more time."""
 
     def __post_init__(self) -> None:
+        if self.precision is Precision.int8:
+            raise ValueError("precision must be float32 or bfloat16 for training, int8 is for decoding")
+        if self.precision is not Precision.float32 and not self.lora.rank:
+            what = "precision is of the frozen base under LoRA, lora.rank is 0"
+            raise ValueError(f"{what}: set lora.rank, or trainer.precision=bf16-mixed")
+        if self.precision is not Precision.float32 and self.trainer.get("precision") not in PLAIN:
+            what = f"trainer.precision {self.trainer['precision']} does not go with precision"
+            raise ValueError(f"{what} {self.precision.value}: leave one of them out")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:

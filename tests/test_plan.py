@@ -46,12 +46,15 @@ def test_weights_gradients_and_adams_values_are_counted_to_the_byte():
 
 
 def test_operations_are_those_of_the_matrix_products():
-    """Training everything: 2 for each weight and token forward, 4 backward; attention and head on top."""
+    """Training everything: 2 for each weight and token forward, 4 backward; attention and head on top.
+
+    The last block is computed at the targets alone, but for its queries, keys and values.
+    """
     settings = settings_of("train", ["model.n_layer=2", "model.n_embd=32", "model.n_head=2"])
     config = gpt2_config(settings.model, settings.lora, 300)
-    rows, tokens, targets = 4, 10, 20
+    rows, tokens, targets = 4, 10, 32
     _, flops = _count(config, settings, "cpu", _Shape(rows, tokens, targets))
-    linear = 2 * 12 * 32**2 * rows * tokens
+    linear = 32**2 * ((12 + 3) * rows * tokens + 9 * targets)
     attention = 2 * 2 * rows * tokens * tokens * 32
     head = 32 * 300 * targets
     assert flops == 3 * 2 * (linear + attention + head)
@@ -74,7 +77,10 @@ def test_memory_is_counted_for_any_device_and_precision(device, precision):
     memory, flops = _count(config, settings, device, _Shape(4, 10, 20))
     size = 2 if precision == "bf16-true" else 4
     weights = size * sum(p.numel() for p in GPT2LMModel(config).parameters())
-    assert weights <= memory.weights < 1.1 * weights + 100_000
+    layouts = (
+        3 if device == "cpu" and size == 2 else 1
+    )  # matrices are laid out twice, the head beside its table
+    assert weights <= memory.weights < 1.1 * layouts * weights + 100_000
     assert flops > 0
     assert memory.peak == memory.step > memory.weights
 

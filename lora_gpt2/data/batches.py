@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from lora_gpt2.data.jsonl import Row
@@ -26,6 +27,30 @@ class Batch(NamedTuple):
     """(B,) row numbers in the file."""
     tokens: int
     """Tokens that the model runs over, padding left out."""
+    position_ids: Tensor | None = None
+    """(B, T) where rows are packed: they start again at 0 with each row."""
+
+    def packed(self, line: int) -> "Batch":
+        """The rows one behind another, the longest first, each in the first line of `line` tokens it fits."""
+        places = torch.arange(1, self.mask.size(1) + 1)
+        lengths = (self.mask * places).amax(dim=1).tolist()  # what lies behind the last target is not needed
+        lines: list[list[int]] = []
+        room: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            place = next((place for place, free in enumerate(room) if free >= lengths[i]), len(lines))
+            if place == len(lines):
+                lines.append([])
+                room.append(line)
+            lines[place].append(i)
+            room[place] -= lengths[i]
+
+        def laid(values: Tensor) -> Tensor:
+            parts = [torch.cat([values[i, : lengths[i]] for i in members]) for members in lines]
+            return pad_sequence(parts, batch_first=True)
+
+        positions = torch.arange(self.input_ids.size(1)).expand_as(self.input_ids)
+        ids, labels, mask = laid(self.input_ids), laid(self.labels), laid(self.mask)
+        return Batch(ids, labels, mask, self.rows, self.tokens, laid(positions))
 
 
 class EncodedRows(Dataset[Batch]):
@@ -35,8 +60,19 @@ class EncodedRows(Dataset[Batch]):
     ``lost`` those of them that kept no completion token.
     """
 
-    def __init__(self, rows: Iterable[Row], seq_len: int, every_token: bool = False) -> None:
-        self.every_token = every_token
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        seq_len: int,
+        every_token: bool = False,
+        packed: bool = False,
+        multiple: int = 1,
+    ) -> None:
+        """`packed`: see `Batch.packed`; lines have up to `seq_len` - 1 tokens, as the longest row has.
+
+        T is padded to a `multiple`, up to `seq_len` - 1.
+        """
+        self.every_token, self.seq_len, self.packed, self.multiple = every_token, seq_len, packed, multiple
         self.cut = self.lost = 0
         tokens: list[int] = []
         ends, contexts = [0], []
@@ -62,7 +98,7 @@ class EncodedRows(Dataset[Batch]):
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         index = torch.as_tensor(rows)
         starts, lengths = self.ends[index], self.lengths[index]
-        columns = torch.arange(int(lengths.max()))
+        columns = torch.arange(self._width(int(lengths.max()) - 1) + 1)
         real = columns < lengths[:, None]  # (B, T + 1)
         places = (starts[:, None] + columns).clamp(max=len(self.tokens) - 1)
         ids = torch.where(real, self.tokens[places].long(), PAD)
@@ -70,7 +106,11 @@ class EncodedRows(Dataset[Batch]):
         if not self.every_token:
             counts = counts & (columns[1:] >= self.contexts[index, None])
         tokens = int(lengths.sum()) - len(index)
-        return Batch(ids[:, :-1], ids[:, 1:], counts, index, tokens)
+        batch = Batch(ids[:, :-1], ids[:, 1:], counts, index, tokens)
+        return batch.packed(self.seq_len - 1) if self.packed else batch
+
+    def _width(self, tokens: int) -> int:
+        return min(-(-tokens // self.multiple) * self.multiple, max(tokens, self.seq_len - 1))
 
 
 class LengthBuckets(Sampler[list[int]]):

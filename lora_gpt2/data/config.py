@@ -43,9 +43,14 @@ class DataSettings:
     """Rows of a validation batch, on each device."""
     bucket: int = 100
     """Batches among which rows are sorted by length; 0: no sorting."""
+    pad_multiple: int = 4
+    """Batches are padded to a multiple of so many tokens, so that few different shapes come up."""
+    pack: bool = False
+    """Lay the rows of a training batch one behind another in lines of up to seq_len tokens, in place of
+    padding each; a row reads itself alone."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "eval_batch_size"):
+        for name in ("seq_len", "batch_size", "eval_batch_size", "pad_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if self.bucket < 0:

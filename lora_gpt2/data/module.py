@@ -46,7 +46,9 @@ class DataToText(LightningDataModule):
 
     def split(self, name: str, positions: int) -> EncodedRows:
         every_token = self.settings.objective is Objective.jlm
-        return EncodedRows(self.rows(name, positions), self.settings.seq_len, every_token)
+        packed = self.settings.pack and name == "train"
+        rows, multiple = self.rows(name, positions), self.settings.pad_multiple
+        return EncodedRows(rows, self.settings.seq_len, every_token, packed, multiple)
 
     def load(self, positions: int) -> None:
         """Reads the splits that training needs. Raises UserError for any row that cannot be used."""

@@ -1,5 +1,7 @@
 """Scaled dot-product attention over heads.  B rows, H heads, T queries, S keys, D head size."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,15 +12,50 @@ _PLAIN_BELOW = 512
 """On a CPU plain matrix products beat the fused kernel for inputs shorter than this."""
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, seen: Tensor | None = None) -> Tensor:
     """Each token reads itself and those before it: (B, H, T, D) for q, k, v alike; dropout of `p`.
 
-    Right-padded rows need no mask: padding lies behind every real token.
+    Right-padded rows need no mask: padding lies behind every real token. Rows that are packed need theirs,
+    `packed_mask`.
     """
     if q.is_cuda or q.size(2) >= _PLAIN_BELOW:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, seen, dropout_p=p, is_causal=seen is None)
+    if seen is not None:
+        return attend(q, k, v, seen, p)
+    if p == 0 and q.requires_grad:
+        result: Tensor = _Causal.apply(q, k, v)  # type: ignore[no-untyped-call]
+        return result
     seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).tril()
     return attend(q, k, v, seen, p)
+
+
+def packed_mask(position_ids: Tensor) -> Tensor:
+    """(B, T) positions that start at 0 with each packed row -> (B, 1, T, T), true where a token reads."""
+    row = (position_ids == 0).cumsum(dim=1)
+    tokens = torch.arange(row.size(1), device=row.device)
+    return ((row[:, :, None] == row[:, None]) & (tokens[:, None] >= tokens))[:, None]
+
+
+class _Causal(torch.autograd.Function):
+    """Causal attention in few passes over memory: scale and mask within the product, nothing copied twice."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shape = q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
+        mask = q.new_full((q.size(1), q.size(1)), -torch.inf).triu_(1)
+        weights = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5).softmax(dim=-1)
+        ctx.save_for_backward(q, k, v, weights)
+        return (weights @ v).view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        grad = upstream[0].flatten(0, 1)  # (B H, T, D)
+        slopes = torch.ops.aten._softmax_backward_data(grad @ v.mT, weights, -1, weights.dtype)
+        slopes *= q.size(-1) ** -0.5
+        grads = slopes @ k, slopes.mT @ q, weights.mT @ grad
+        return tuple(x.unflatten(0, upstream[0].shape[:2]) for x in grads)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, p: float = 0.0) -> Tensor:

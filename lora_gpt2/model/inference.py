@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.products import blocks, product
 from lora_gpt2.model.settings import Precision
 from lora_gpt2.model.transformer import MLP, Block
 
@@ -29,15 +30,13 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: str = "none") -> None:
         """`weight` (out, in)."""
         super().__init__()
-        self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS)
+        self.weight = blocks(weight, _ROWS)
         self.bias = None if bias is None else bias.detach()
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
         formula = "tanh" if self.activation == "gelu" else ""
-        product: Any = torch.ops.mkldnn._linear_pointwise
-        result: Tensor = product(x, self.weight, self.bias, self.activation, [], formula)
-        return result
+        return product(x, self.weight, self.bias, self.activation, formula)
 
 
 @cache

@@ -6,12 +6,26 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from lora_gpt2.model.activation import compiled_gelu
+from lora_gpt2.model.attention import packed_mask
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import TOKEN_TABLE, canonical, check_keys, is_lora
 from lora_gpt2.model.lora import LayerNorm, MergedLinear
-from lora_gpt2.model.loss import CompletionReport, batch_loss, completion_report, row_accuracy, token_loss
-from lora_gpt2.model.transformer import GPT2Model
+from lora_gpt2.model.loss import (
+    CompletionReport,
+    batch_loss,
+    completion_report,
+    head_loss,
+    row_accuracy,
+    token_loss,
+)
+from lora_gpt2.model.products import Frozen
+from lora_gpt2.model.transformer import MLP, Block, GPT2Model
+
+_FEW_SHAPES = 16
+"""Targets are filled up to a multiple of this: every new number of them costs a library time and memory."""
 
 
 class GPT2LMHead(nn.Module):
@@ -26,10 +40,17 @@ class GPT2LMHead(nn.Module):
         self.decoder: nn.Module = nn.Linear(
             config.n_embd, config.padded_vocab_size, bias=False, device="meta"
         )
+        self.frozen: Frozen | None = None
         self.set_embeddings_weights(model_embeddings_weights)
 
     def set_embeddings_weights(self, model_embeddings_weights: Tensor) -> None:
         self.decoder.weight = cast(nn.Parameter, model_embeddings_weights)
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, C)"""
+        weight, size = cast(Tensor, self.decoder.weight), self.config.vocab_size
+        return weight if len(weight) == size else weight[:size]
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         return self.decoder(hidden_state)[..., : self.config.vocab_size]
@@ -75,10 +96,39 @@ class GPT2LMModel(nn.Module):
         layers = [module for module in self.modules() if isinstance(module, MergedLinear | LayerNorm)]
         return [layer for layer in layers if layer.adapted]
 
-    def train_only_lora(self) -> None:
-        """Freezes everything but the LoRA parameters."""
+    def train_only_lora(self, dtype: torch.dtype | None = None) -> None:
+        """Freezes everything but the LoRA parameters, and stores it in `dtype`, that of the products.
+
+        The update keeps its type. bfloat16 loses what the weights had beyond it.
+        """
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_lora(name))
+            if dtype is not None and not is_lora(name):
+                parameter.data = parameter.data.to(dtype)
+
+    def pack(self) -> None:
+        """Lays what is frozen out for training on this machine, until `unpack`: see `MergedLinear.pack`."""
+        for module in self.modules():
+            if isinstance(module, MergedLinear):
+                module.pack()
+        weight = self.lm_head.weight
+        if self.lm_head.frozen is None and Frozen.fits(weight):
+            self.lm_head.frozen = Frozen(weight)
+
+    def compile_blocks(self) -> None:
+        """Compiles what gets faster by it: on a CPU the activation, elsewhere whole blocks."""
+        for block in self.transformer.h:
+            if self.transformer.wte.weight.is_cpu:
+                cast(MLP, cast(Block, block).mlp).activation = compiled_gelu
+            else:
+                block.compile(dynamic=True)
+
+    def unpack(self) -> None:
+        """Puts every weight back, bit for bit."""
+        self.lm_head.frozen = None
+        for module in self.modules():
+            if isinstance(module, MergedLinear):
+                module.unpack()
 
     def get_num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters, the tied head once; by default without the position table."""
@@ -143,27 +193,42 @@ class GPT2LMModel(nn.Module):
         return logits, loss, accuracy.first, accuracy.all
 
     def completion_loss(
-        self, input_ids: Tensor, labels: Tensor, mask: Tensor, label_smooth: float = 0.0
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        mask: Tensor,
+        label_smooth: float = 0.0,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """The loss of `forward` on (B, T) each, with the head run on the target positions alone."""
+        """The loss of `forward` on (B, T) each, with the head run on the target positions alone.
+
+        `position_ids` (B, T) are given where rows are packed, and start again at 0 with each.
+        """
         positions = mask.flatten().nonzero().squeeze(1)
-        return self.loss_at(input_ids, positions, labels.flatten()[positions], label_smooth)
+        return self.loss_at(input_ids, positions, labels.flatten()[positions], label_smooth, position_ids)
 
     def loss_at(
-        self, input_ids: Tensor, positions: Tensor, targets: Tensor, label_smooth: float = 0.0
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        label_smooth: float = 0.0,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """The mean loss of `targets` (N,) at `positions` (N,) of the flattened `input_ids` (B, T)."""
-        losses = token_loss(self._logits_at(input_ids, positions), targets, label_smooth)
-        return batch_loss(losses, torch.ones_like(losses))
+        count = len(targets)
+        positions, targets = (F.pad(values, (0, -count % _FEW_SHAPES)) for values in (positions, targets))
+        seen = None if position_ids is None else packed_mask(position_ids)
+        hidden = self.transformer.hidden_states(input_ids, position_ids, kept=positions, seen=seen)
+        weights = (torch.arange(len(positions), device=targets.device) < count).float()
+        total = head_loss(hidden, self.lm_head.weight, targets, weights, label_smooth, self.lm_head.frozen)
+        return total / (count + 1e-4)
 
     def completion_report(self, input_ids: Tensor, labels: Tensor, mask: Tensor) -> CompletionReport:
         """Plain loss and accuracies of a batch, (B, T) each; `mask` is boolean."""
-        logits = self._logits_at(input_ids, mask.flatten().nonzero().squeeze(1))
+        positions = mask.flatten().nonzero().squeeze(1)
+        logits = self.lm_head(self.transformer.hidden_states(input_ids, kept=positions))  # (N, V)
         return completion_report(logits, labels, mask)
-
-    def _logits_at(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.transformer.hidden_states(input_ids)  # (B, T, C)
-        return self.lm_head(hidden.flatten(0, 1).index_select(0, positions))  # (N, V)
 
     def load_weight(self, state_dict: Mapping[str, Any], may_be_missing: Sequence[str] = ()) -> None:
         """Loads a base, an update, or both, in any of the published layouts (see `lora_gpt2.model.keys`).

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_gpt2.model.dropout import dropout
+from lora_gpt2.model.products import Frozen, linear
 
 
 class MergedLinear(nn.Module):
@@ -69,6 +70,7 @@ class MergedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._base: tuple[nn.Parameter, nn.Parameter | None] | None = None
+        self.frozen: Frozen | None = None
         self.lora_magnitude = self.lora_bias = None
         n = len(self.enabled)
         if n:
@@ -130,6 +132,25 @@ class MergedLinear(nn.Module):
     def merged(self) -> bool:
         return self._base is not None
 
+    @property
+    def packs(self) -> bool:
+        """Whether `pack` does anything: ``weight`` is frozen, nothing but products reads it, and it pays."""
+        read = self.lora_magnitude is not None or self.merged
+        return self.frozen is None and not read and Frozen.fits(self.weight)
+
+    def pack(self) -> None:
+        """Lays ``weight`` out for training on this machine, if it `packs`; it is empty until `unpack`."""
+        if self.packs:
+            self.frozen = Frozen(self._out_in(self.weight))
+            absent = self.weight.new_full((), torch.nan).expand(self.weight.shape)
+            self.weight = nn.Parameter(absent, requires_grad=False)
+
+    def unpack(self) -> None:
+        """Puts the values of ``weight`` back, bit for bit."""
+        if self.frozen is not None:
+            dense = self._out_in(self.frozen.dense()).contiguous()
+            self.weight, self.frozen = nn.Parameter(dense, requires_grad=False), None
+
     def delta_weight(self) -> Tensor:
         """What the update adds to ``weight``, in its layout; zero where no projection is adapted."""
         assert not self.merged, "the base is needed, and the update is merged into it"
@@ -166,12 +187,14 @@ class MergedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        weight = self._out_in(self.weight)
+        if self.lora_magnitude is not None and not self.merged:
+            return self._dora(x, self._out_in(self.weight))
+        if self.frozen is not None:
+            y = self.frozen.linear(x, self._whole_bias())
+        else:
+            y = linear(x, self._out_in(self.weight), self._whole_bias())
         if self.merged or not self.enabled:
-            return F.linear(x, weight, self._whole_bias())
-        if self.lora_magnitude is not None:
-            return self._dora(x, weight)
-        y = F.linear(x, weight, self._whole_bias())
+            return y
         for i, update in self._updates(x):
             y.narrow(-1, i * self.part, self.part).add_(update)
         return y
@@ -181,7 +204,7 @@ class MergedLinear(nn.Module):
 
     def _dora(self, x: Tensor, weight: Tensor) -> Tensor:
         assert self.lora_magnitude is not None
-        y = F.linear(x, weight)
+        y = linear(x, weight)
         for (i, update), magnitude in zip(
             self._updates(x), self.lora_magnitude.chunk(len(self.enabled)), strict=True
         ):
@@ -200,10 +223,10 @@ class MergedLinear(nn.Module):
         x = dropout(x, self.lora_dropout, self.training)
         updates: list[Tensor] = []
         for a, b in self._factors():
-            low = F.linear(x, a)  # (..., n * R)
+            low = F.linear(x, a.to(x.dtype))  # (..., n * R)
             low = dropout(low, self.lora_r_dropout, self.training) * self.scaling
             pairs = zip(low.chunk(n, dim=-1), b.chunk(n), strict=True)
-            parts = [F.linear(low_i, b_i) for low_i, b_i in pairs]
+            parts = [F.linear(low_i, b_i.to(low_i.dtype)) for low_i, b_i in pairs]
             updates = [u + part for u, part in zip(updates, parts, strict=True)] if updates else parts
         return list(zip(self.enabled, updates, strict=True))
 
@@ -225,7 +248,7 @@ class MergedLinear(nn.Module):
     def _whole_bias(self) -> Tensor | None:
         if self.bias is None or self.lora_bias is None or self.merged:
             return self.bias
-        return self.bias + self.lora_bias
+        return (self.bias + self.lora_bias).to(self.bias.dtype)
 
     def _rows(self, projection: int) -> slice:
         return slice(projection * self.part, (projection + 1) * self.part)
@@ -270,7 +293,9 @@ class LayerNorm(nn.LayerNorm):
             self.bias, self._base_bias = _like(self._base_bias, self.bias), None
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias if self.lora_bias is None or self.merged else self.bias + self.lora_bias
+        bias: Tensor = self.bias
+        if self.lora_bias is not None and not self.merged:
+            bias = (bias + self.lora_bias).to(bias.dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight, bias, self.eps)
 
 

@@ -1,13 +1,24 @@
-"""Label-smoothed cross-entropy and the three accuracies.  N positions, V vocabulary, B rows, T tokens."""
+"""Label-smoothed cross-entropy and the three accuracies.
 
-from typing import NamedTuple
+N positions, C width, V vocabulary, B rows, T tokens.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lora_gpt2.model.products import Frozen, linear
+
 _SMOOTHING_FROM = 1e-4
 """Below this much smoothing the published implementation takes plain cross-entropy."""
+
+_LOGITS = 16_000_000
+"""Logits that `head_loss` makes at one time: 64 MB in float32."""
+
+_ROWS = 16
+"""Rows of logits that become losses at one time, in float32: few enough for a processor's cache."""
 
 
 def token_loss(logits: Tensor, labels: Tensor, label_smooth: float = 0.0) -> Tensor:
@@ -19,6 +30,79 @@ def token_loss(logits: Tensor, labels: Tensor, label_smooth: float = 0.0) -> Ten
 def batch_loss(losses: Tensor, weights: Tensor) -> Tensor:
     """sum(weights * losses) / (sum(weights) + 1e-4), the published implementation's mean."""
     return (losses * weights).sum() / (weights.sum() + 1e-4)
+
+
+def head_loss(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    label_smooth: float = 0.0,
+    frozen: Frozen | None = None,
+) -> Tensor:
+    """`token_loss` of a linear head, summed with a weight for each position, and never all logits at once.
+
+    `hidden` (N, C), `head` (V, C), which may lie `frozen`, `targets` and `weights` (N,) -> scalar, float32.
+    The logits of a few rows are made, turned into their losses and slopes, and forgotten: memory does not
+    grow with N x V. What remains for the backward pass is one (N, C) gradient, and one of the head where it
+    trains.
+    """
+    smooth = label_smooth if label_smooth > _SMOOTHING_FROM else 0.0
+    total: Tensor = _HeadLoss.apply(hidden, head, targets, weights, smooth, frozen)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        smooth: float,
+        frozen: Frozen | None,
+    ) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        back, head_back, *_ = ctx.needs_input_grad
+        grad = torch.empty_like(hidden) if back else None
+        head_grad = torch.zeros_like(head) if head_back else None
+        step = max(1, _LOGITS // len(head))
+        for first in range(0, len(targets), step):
+            rows = slice(first, first + step)
+            h, weight = hidden[rows], weights[rows, None]
+            logits = linear(h, head) if frozen is None else frozen.linear(h)  # (n, V)
+            slopes = logits if back or head_back else None
+            total += (_losses(logits, targets[rows], smooth, slopes) * weights[rows]).sum()
+            if grad is not None:
+                grad[rows] = (linear(logits, head.T) if frozen is None else frozen.back(logits)) * weight
+            if head_grad is not None:
+                head_grad += linear(logits.T, (h * weight).to(logits.dtype).T)
+        ctx.save_for_backward(grad, head_grad)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grads = (grad if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return (*grads, None, None, None, None)
+
+
+def _losses(logits: Tensor, targets: Tensor, smooth: float, slopes: Tensor | None) -> Tensor:
+    """(n,) losses of (n, V) logits; their slopes by the logits go to `slopes`, which may be the logits."""
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    for first in range(0, len(logits), _ROWS):
+        rows = slice(first, first + _ROWS)
+        target, values = targets[rows, None], logits[rows].float()
+        p = values.softmax(dim=-1)
+        log_sum = values.amax(dim=1) - p.amax(dim=1).log()  # one exponential a logit, for value and slope
+        losses[rows] = log_sum - (1 - smooth) * values.gather(1, target).squeeze(1)
+        if smooth:
+            losses[rows] -= smooth * values.mean(dim=1)
+        if slopes is not None:
+            if smooth:
+                p -= smooth / p.size(1)
+            slopes[rows] = p.scatter_add_(1, target, p.new_full((), smooth - 1).expand_as(target))
+    return losses
 
 
 class Accuracy(NamedTuple):

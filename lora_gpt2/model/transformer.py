@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from lora_gpt2.model.activation import gelu
 from lora_gpt2.model.attention import causal_attention
 from lora_gpt2.model.cache import LayerCache, RowCache
 from lora_gpt2.model.config import GPT2Config, LayerLora
@@ -42,6 +43,11 @@ def layer_norm(config: GPT2Config) -> LayerNorm:
     return LayerNorm(config.n_embd, config.layer_norm_epsilon, config.bias, train_bias)
 
 
+def _kept(x: Tensor, positions: Tensor | None) -> Tensor:
+    """(B, T, C) -> (N, C) at `positions` (N,) of B T, or all of it as it is."""
+    return x if positions is None else x.flatten(0, 1).index_select(0, positions)
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention."""
 
@@ -51,12 +57,18 @@ class Attention(nn.Module):
         self.c_attn: nn.Module = linear(config, f"{name}.c_attn", config.n_embd, 3 * config.n_embd)
         self.c_proj: nn.Module = linear(config, f"{name}.c_proj", config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        kept: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
         heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         p = self.dropout if self.training else 0.0
-        y = causal_attention(q, k, v, p) if cache is None else cache.attend(q, k, v, p)
-        return self.c_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+        y = causal_attention(q, k, v, p, seen) if cache is None else cache.attend(q, k, v, p)
+        return self.c_proj(_kept(y.transpose(1, 2).flatten(2), kept))  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -66,9 +78,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = linear(config, f"{name}.c_fc", config.n_embd, 4 * config.n_embd)
         self.c_proj = linear(config, f"{name}.c_proj", 4 * config.n_embd, config.n_embd)
+        self.activation = gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class Block(nn.Module):
@@ -80,17 +93,28 @@ class Block(nn.Module):
         self.mlp: nn.Module = MLP(config, f"{name}.mlp")
         self.dropout = config.fix_dropout
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        x = x + dropout(self.attn(self.ln_1(x), cache), self.dropout, self.training)
+    def forward(
+        self,
+        x: Tensor,
+        cache: LayerCache | None = None,
+        kept: Tensor | None = None,
+        seen: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C), or (N, C) at the `kept` (N,) of the B T positions."""
+        attended = self.attn(self.ln_1(x), cache, kept, seen)
+        x = _kept(x, kept) + dropout(attended, self.dropout, self.training)
         return x + dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
 
 class GPT2Model(nn.Module):
-    """Tokens to hidden states."""
+    """Tokens to hidden states.
+
+    With ``gradient_checkpointing`` a block keeps its input alone and is computed again for its gradients.
+    """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.gradient_checkpointing = config, False
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config, f"h.{i}") for i in range(config.n_layer))
@@ -102,16 +126,27 @@ class GPT2Model(nn.Module):
         position_ids: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
         token_type_ids: Tensor | None = None,
+        kept: Tensor | None = None,
+        seen: Tensor | None = None,
     ) -> Tensor:
-        """(B, T) -> (B, T, C). `position_ids` broadcasts to (B, T); default 0 .. T - 1."""
+        """(B, T) -> (B, T, C), or (N, C) at the `kept` (N,) of the B T positions alone.
+
+        `position_ids` broadcasts to (B, T); default 0 .. T - 1. `seen` (B, 1, T, T) says what each token
+        reads; default: itself and all before it.
+        """
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
         x = self.wte(input_ids) + self.wpe(position_ids)
         if token_type_ids is not None:
             x = x + self.wte(token_type_ids)
         x = dropout(x, self.config.fix_dropout, self.training)
+        last = len(self.h) - 1
         for i, block in enumerate(self.h):
-            x = block(x, caches[i] if caches else None)
+            rest = caches[i] if caches else None, kept if i == last else None, seen
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *rest, use_reentrant=False)
+            else:
+                x = block(x, *rest)
         return self.ln_f(x)
 
     def forward(

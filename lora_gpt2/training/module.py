@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lora_gpt2.data.batches import Batch
 from lora_gpt2.errors import UserError
+from lora_gpt2.memory import keep_freed
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -31,14 +32,27 @@ class LanguageModeling(LightningModule):
         label_smoothing: float = 0.0,
         seed: int = 0,
         base_sha256: str = "",
+        dtype: torch.dtype | None = None,
+        compiled: bool = False,
     ) -> None:
+        """`dtype`: see `GPT2LMModel.train_only_lora`; `compiled`: see `GPT2LMModel.compile_blocks`."""
         super().__init__()
         self.model = model
         self.optimizer_settings, self.label_smoothing = optimizer, label_smoothing
         self.seed, self.base_sha256 = seed, base_sha256
         self.valid_metrics = StageMetrics()
+        self.compiled = compiled
         if model.lora_layers():
-            model.train_only_lora()
+            model.train_only_lora(dtype)
+
+    def on_fit_start(self) -> None:
+        self.model.pack()
+        keep_freed()  # only now: what building the model took is given back
+        if self.compiled:
+            self.model.compile_blocks()
+
+    def on_fit_end(self) -> None:
+        self.model.unpack()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds dropout by the place in the run: a resumed run goes on bit for bit, and ranks differ."""
@@ -46,7 +60,8 @@ class LanguageModeling(LightningModule):
         torch.manual_seed(reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, place))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.model.completion_loss(batch.input_ids, batch.labels, batch.mask, self.label_smoothing)
+        ids, labels, mask, positions = batch.input_ids, batch.labels, batch.mask, batch.position_ids
+        loss = self.model.completion_loss(ids, labels, mask, self.label_smoothing, positions)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss": loss, "lr": rate}, batch_size=len(batch.rows))
         return loss

@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -54,6 +53,6 @@ def build_optimizer(
         betas=settings.betas,
         eps=settings.eps,
         weight_decay=settings.weight_decay,
-        fused=torch.cuda.is_available() or None,
+        fused=True,
     )
     return optimizer, LambdaLR(optimizer, lambda step: rate_factor(step, total, settings))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.errors import HydraException
 
 from lora_gpt2.settings import ConfigError
 from tests.conftest import settings_of
@@ -86,6 +87,23 @@ def test_the_papers_decoding_is_the_default():
 def test_a_wrong_setting_is_named(override, message):
     with pytest.raises(ConfigError, match=message):
         settings_of("train", [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["precision=bfloat16"], "lora.rank is 0: set lora.rank, or trainer.precision=bf16-mixed"),
+        (["precision=int8", "lora=qv"], "precision must be float32 or bfloat16 for training"),
+        (
+            ["precision=bfloat16", "lora=qv", "trainer.precision=bf16-mixed"],
+            "trainer.precision bf16-mixed does not go with precision bfloat16",
+        ),
+        (["precision=bf16", "lora=qv"], "Error merging override precision=bf16"),
+    ],
+)
+def test_a_wrong_precision_is_named(overrides, message):
+    with pytest.raises((ConfigError, HydraException), match=message):
+        settings_of("train", overrides)
 
 
 @pytest.mark.parametrize(

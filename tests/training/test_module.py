@@ -1,5 +1,6 @@
 import csv
 import re
+import shutil
 from itertools import groupby
 from pathlib import Path
 
@@ -177,3 +178,27 @@ def test_training_moves_the_base_only_where_there_is_no_lora(tmp_path, tiny, lor
 def test_progress_counts_tokens_and_shows_the_loss(tmp_path, tiny, capsys):
     train(tmp_path, *tiny, "callbacks.progress.every=0", "trainer.max_steps=3")
     assert re.search(r"step 3/3 .* loss \d+\.\d{4}  lr \S+  [1-9][\d,]* tokens/s", capsys.readouterr().out)
+
+
+def test_a_bfloat16_base_trains_the_same_adapter_to_its_rounding(tmp_path, tiny, base):
+    arguments = [*tiny, "lora=qv", "lora.dropout=0", f"base={base}"]
+    for precision in ("float32", "bfloat16"):
+        train(tmp_path / precision, *arguments, f"precision={precision}")
+    exact, rounded = (metrics(tmp_path / name, "valid/loss") for name in ("float32", "bfloat16"))
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, rel=5e-3)
+    hashes = [describe_adapter(tmp_path / name)[1].base_sha256 for name in ("float32", "bfloat16")]
+    assert hashes[0] == hashes[1]
+    assert all(
+        value.dtype is torch.float32
+        for value in load_file(tmp_path / "bfloat16" / "adapter.safetensors").values()
+    )
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling on a CPU needs a C++ compiler")
+def test_compiled_training_gives_the_same_losses(tmp_path, tiny, base):
+    arguments = [*tiny, "lora=qv", f"base={base}", "trainer.max_epochs=1"]
+    for compiled in ("false", "true"):
+        train(tmp_path / compiled, *arguments, f"compile={compiled}")
+    plain, compiled = (metrics(tmp_path / name, "valid/loss") for name in ("false", "true"))
+    assert plain == pytest.approx(compiled, rel=1e-5)

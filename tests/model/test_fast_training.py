@@ -1,0 +1,199 @@
+"""What training computes in its own fast ways is what the plain formulas give."""
+
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_gpt2.memory import LiveBytes
+from lora_gpt2.model import loss
+from lora_gpt2.model.attention import causal_attention
+from lora_gpt2.model.config import GPT2Config
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.loss import head_loss, token_loss
+
+GENERATOR = torch.Generator().manual_seed(1)
+IDS, LABELS = (torch.randint(0, 300, (5, 23), generator=GENERATOR) for _ in range(2))
+MASK = torch.rand(5, 23, generator=GENERATOR) < 0.5
+
+
+def build(**options) -> GPT2LMModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        300,
+        64,
+        64,
+        64,
+        2,
+        4,
+        **{"initializer_range": 0.1, "lora_attn_dim": 4, "lora_attn_alpha": 32, **options},
+    )
+    model = GPT2LMModel(config).train()
+    for name, parameter in model.named_parameters():
+        if name.endswith(("lora_B", "lora_bias")):
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.train_only_lora()
+    return model
+
+
+def gradients(model: GPT2LMModel, value: Tensor) -> dict[str, Tensor]:
+    value.backward()
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def plain(model: GPT2LMModel) -> tuple[float, dict[str, Tensor]]:
+    """All logits in float64, attention by torch, one formula."""
+    model = model.double()
+    logits = model.lm_head(model.transformer.hidden_states(IDS))
+    losses = F.cross_entropy(logits.flatten(0, 1), LABELS.flatten(), reduction="none", label_smoothing=0.1)
+    value = losses[MASK.flatten()].sum() / (MASK.sum() + 1e-4)
+    return value.item(), gradients(model, value)
+
+
+def fast(model: GPT2LMModel) -> tuple[float, dict[str, Tensor]]:
+    value = model.completion_loss(IDS, LABELS, MASK, 0.1)
+    return value.item(), gradients(model, value)
+
+
+def furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    assert found.keys() == expected.keys()
+    return max(float((found[name] - expected[name]).norm() / expected[name].norm()) for name in expected)
+
+
+VARIANTS = [
+    {},
+    {"bias": False},
+    {"vocab_multiple": 64},
+    {"lora_bias": "all"},
+    {"lora_dora": True},
+    {"lora_init": "pissa"},
+    {"lora_targets": ["c_attn", "c_proj", "mlp_c_fc", "mlp_c_proj"], "lora_rslora": True},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_loss_and_gradients_are_those_of_the_plain_formulas(options):
+    value, expected = plain(build(**options))
+    found, grads = fast(build(**options))
+    assert found == pytest.approx(value, abs=2e-6)
+    assert furthest(grads, expected) < 2e-5
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_bfloat16_base_is_the_same_to_its_rounding(options):
+    value, expected = plain(build(**options))
+    model = build(**options)
+    model.train_only_lora(torch.bfloat16)
+    types = {name: p.dtype for name, p in model.named_parameters()}
+    assert all((kind is torch.float32) == ("lora_" in name) for name, kind in types.items())
+    model.pack()
+    found, grads = fast(model)
+    assert found == pytest.approx(value, rel=2e-3)
+    assert furthest(grads, expected) < 0.05
+
+
+def test_packing_changes_no_result_and_is_undone():
+    model, other = build(), build()
+    for one in (model, other):
+        one.train_only_lora(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.weights().items()}
+    model.pack()
+    model.pack()
+    value, grads = fast(model)
+    expected, theirs = fast(other)
+    assert value == pytest.approx(expected, rel=1e-3)
+    assert furthest(grads, theirs) < 0.02
+    model.unpack()
+    assert all(torch.equal(value, before[name]) for name, value in model.weights().items())
+    model.merge()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="compiling on a CPU needs a C++ compiler")
+def test_compiled_is_the_same():
+    value, expected = plain(build())
+    model = build()
+    model.compile_blocks()
+    found, grads = fast(model)
+    assert found == pytest.approx(value, abs=2e-6)
+    assert furthest(grads, expected) < 2e-5
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.1])
+def test_the_heads_loss_in_parts_is_the_whole_one(monkeypatch, smooth):
+    monkeypatch.setattr(loss, "_LOGITS", 5 * 29)
+    monkeypatch.setattr(loss, "_ROWS", 2)
+    hidden, head = torch.randn(17, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
+    targets, weights = torch.randint(0, 29, (17,)), torch.rand(17)
+    expected = (token_loss(hidden @ head.T, targets, smooth) * weights).sum() * 3
+    theirs = torch.autograd.grad(expected, (hidden, head))
+    found = head_loss(hidden, head, targets, weights, smooth) * 3
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, (hidden, head)), theirs, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(hidden, head, targets, weights, smooth) * 3, expected)
+
+
+def test_the_heads_memory_does_not_grow_with_positions_times_vocabulary(monkeypatch):
+    monkeypatch.setattr(loss, "_LOGITS", 32 * 1000)
+    peaks = []
+    for positions in (64, 640):
+        hidden, head = torch.randn(positions, 8, requires_grad=True), torch.randn(1000, 8)
+        targets, weights = torch.randint(0, 1000, (positions,)), torch.ones(positions)
+        with LiveBytes() as live:
+            head_loss(hidden, head, targets, weights, 0.1).backward()
+        peaks.append(live.most)
+    assert peaks[1] - peaks[0] < 576 * 8 * 4 * 8 < 4 * 64 * 1000  # hidden states, not logits
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 600])
+def test_attention_and_its_gradients_are_torchs(tokens):
+    found, expected = [], []
+    for function, results in (
+        (causal_attention, found),
+        (lambda *heads: F.scaled_dot_product_attention(*heads, is_causal=True), expected),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, tokens, 3, 4, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        y = function(*x.permute(2, 0, 3, 1, 4))
+        (y * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+        results += [y, x.grad]
+    torch.testing.assert_close(found, expected)
+
+
+def test_hidden_states_can_be_had_at_some_positions_alone():
+    model = build().double()
+    positions = MASK.flatten().nonzero().squeeze(1)
+    found = model.transformer.hidden_states(IDS, kept=positions)
+    torch.testing.assert_close(found, model.transformer.hidden_states(IDS).flatten(0, 1)[positions])
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_targets": ["mlp_c_proj"]}], ids=str)
+def test_gradient_checkpointing_reaches_every_matrix_of_a_frozen_base(options):
+    value, expected = fast(build(**options))
+    model = build(**options)
+    model.transformer.gradient_checkpointing = True
+    found, grads = fast(model)
+    assert found == value
+    assert furthest(grads, expected) < 1e-6
+
+
+def test_gradient_checkpointing_saves_memory():
+    peaks = []
+    for checkpointing in (False, True):
+        model = GPT2LMModel(GPT2Config(300, 64, 64, 64, 8, 4, lora_attn_dim=4)).train()
+        model.train_only_lora()
+        model.transformer.gradient_checkpointing = checkpointing
+        with LiveBytes() as live:
+            model.completion_loss(IDS, LABELS, MASK).backward()
+        peaks.append(live.most)
+    assert peaks[1] < 0.6 * peaks[0]
+
+
+def test_a_row_without_targets_costs_nothing_and_breaks_nothing():
+    model = build()
+    value = model.completion_loss(IDS, LABELS, torch.zeros_like(MASK), 0.1)
+    value.backward()
+    assert value.item() == 0
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
