@@ -6,7 +6,8 @@
 LoRA of rank 4 on q and v (PEFT: on c_attn, which holds them), label smoothing 0.1, AdamW, random weights.
 Every measurement is a process of its own that warms up first; programs take turns. Prints medians over
 the repeats of rows per second, the ratio to PEFT in the same type, the share of the machine's measured
-matrix products per second (MFU), and peak memory. `lightning` is `ours` under lightning.Trainer.
+matrix products per second (MFU), and peak memory. `lightning` is `ours` under lightning.Trainer;
+`four-adapters` trains ranks 1, 2, 4 and 8 side by side, with a batch for each.
 PEFT gets random batches padded to their longest row, as transformers' Trainer makes them by default;
 `peft-grouped` gets our batches of like lengths. `--output FOLDER` keeps the figures.
 """
@@ -97,7 +98,7 @@ def measure(options: argparse.Namespace, program: str, dtype: str) -> None:
     print(json.dumps({**found, "peak_gb": peak(options.device)}))
 
 
-def batches(options: argparse.Namespace, *, grouped: bool) -> Iterator[Batch]:
+def batches(options: argparse.Namespace, *, grouped: bool, seed: int = 0) -> Iterator[Batch]:
     """The warm-up's batches and the counted ones: of like lengths, or at random."""
     count = options.warm + options.steps
     multiple = DataSettings(Corpus.demo).pad_multiple if grouped else 1
@@ -106,7 +107,8 @@ def batches(options: argparse.Namespace, *, grouped: bool) -> Iterator[Batch]:
     else:
         rng = random.Random(0)
         rows = EncodedRows(random_rows(rng, max(4000, count * options.batch)), 512, multiple=multiple)
-    order = LengthBuckets(rows.lengths, options.batch, shuffle=True, bucket=100 if grouped else 0)
+    bucket = 100 if grouped else 0
+    order = LengthBuckets(rows.lengths, options.batch, shuffle=True, seed=seed, bucket=bucket)
     for numbers, _ in zip(order, range(count), strict=False):
         yield rows[numbers]
 
@@ -206,11 +208,46 @@ def lightning_compiled(options: argparse.Namespace, dtype: torch.dtype) -> Measu
     return lightning(options, dtype, compiled=True)
 
 
-def our_model(options: argparse.Namespace, dtype: torch.dtype) -> Any:
+def four_adapters(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
+    """Ranks 1, 2, 4 and 8 side by side over one base, a batch for each; all their rows count."""
+    from lora_gpt2.model.side_by_side import SideBySide
+
+    models = [our_model(options, dtype, rank) for rank in (1, 2, 4, 8)]
+    together = SideBySide(models)
+    models[0].pack()
+    together.share()
+    keep_freed()
+    given = [list(batches(options, grouped=True, seed=seed)) for seed in range(len(models))]
+    optimizer = torch.optim.AdamW(
+        [p for model in models for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True
+    )
+    start, rows, operations = 0.0, 0, 0.0
+    losses = [torch.zeros(())]
+    for number, several in enumerate(zip(*given, strict=True)):
+        if number == options.warm:
+            synchronize(options.device)
+            start = time.perf_counter()
+        moved = [tuple(part.to(options.device) for part in batch[:3]) for batch in several]
+        losses = together.losses(moved, [SMOOTHING] * len(models))
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if number >= options.warm:
+            rows += sum(len(batch.rows) for batch in several)
+            operations += sum(needed(options.model, batch) for batch in several)
+    synchronize(options.device)
+    return time.perf_counter() - start, losses[2].item(), rows, operations
+
+
+def our_model(options: argparse.Namespace, dtype: torch.dtype, rank: int | None = None) -> Any:
     from lora_gpt2.model.config import GPT2Config
     from lora_gpt2.model.language_model import GPT2LMModel
 
-    lora = {"lora_attn_dim": options.rank, "lora_attn_alpha": 32, "lora_dropout": options.dropout}
+    lora: dict[str, Any] = {
+        "lora_attn_dim": rank or options.rank,
+        "lora_attn_alpha": 32,
+        "lora_dropout": options.dropout,
+    }
     model = GPT2LMModel(GPT2Config(**SIZES[options.model], **lora)).to(options.device).train()
     model.train_only_lora(dtype)
     return model
@@ -265,6 +302,7 @@ PROGRAMS: dict[str, Callable[..., Measured]] = {
     "ours-compiled": ours_compiled,
     "lightning": lightning,
     "lightning-compiled": lightning_compiled,
+    "four-adapters": four_adapters,
     "peft": peft,
     "peft-grouped": peft_grouped,
     "peft-compiled": peft_compiled,

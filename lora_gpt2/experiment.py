@@ -25,32 +25,61 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import text_files
 from lora_gpt2.evaluation.scorer import score_by_part, score_e2e, scores_as_dict
 from lora_gpt2.files import write_json
+from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.reporting import screen
 from lora_gpt2.settings import GenerateSettings, TrainSettings
 from lora_gpt2.training.callbacks import Progress
 from lora_gpt2.training.module import LanguageModeling
+from lora_gpt2.training.together import AdaptersTogether
 from lora_gpt2.weights.pretrained import build_base
 from lora_gpt2.weights.store import base_hash, weights_hash
 
 
 def train(settings: TrainSettings, folder: Path) -> float | None:
-    """Trains and leaves the weights in `folder`; returns the lowest validation loss, if one was taken."""
+    """Trains and leaves the weights in `folder`; returns the lowest validation loss, if one was taken.
+
+    Several adapters at once leave theirs in folders of their own.
+    """
     _quiet()
-    seed_everything(settings.seed, workers=True, verbose=False)
-    data = DataToText(settings.data, runs.tokenizer_of(settings.base), settings.seed)
-    config = runs.build_config(settings, data.tokenizer)
+    members = settings.members()
+    seeds = [member.seed for member in members.values()]
+    seed_everything(seeds[0], workers=True, verbose=False)
+    data = DataToText(settings.data, runs.tokenizer_of(settings.base), *seeds)
+    configs = [runs.build_config(member, data.tokenizer) for member in members.values()]
     screen.corpus(data.meta)
     if settings.dry_run:
-        with torch.device("meta"):
-            screen.model(settings.model.name, GPT2LMModel(config))
+        for config in configs:
+            with torch.device("meta"):
+                screen.model(settings.model.name, GPT2LMModel(config))
         return None
-    data.load(config.n_positions)
+    data.load(settings.model.n_positions)
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
-    names = settings.model.name, data.tokenizer.sha256
+    parts: dict[str, LanguageModeling] = {}
+    for (name, member), config in zip(members.items(), configs, strict=True):
+        parts[name] = _module(member, config, data.tokenizer.sha256)
+        screen.model(settings.model.name, parts[name].model)
+    if settings.lora.rank and settings.base is None:
+        screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
+    module = AdaptersTogether(parts) if len(parts) > 1 else parts[""]
+    callbacks = _callbacks(settings.callbacks, folder)
+    trainer = _trainer(settings.trainer, callbacks, _logger(settings, folder), folder)
+    trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
+    losses = runs.keep_weights(trainer, module, settings.keep, folder)
+    if trainer.is_global_zero:
+        for (name, member), loss in zip(members.items(), losses, strict=True):
+            notes = {"steps": trainer.global_step, "valid_loss": loss}
+            runs.save(folder / name, parts[name], member, data.tokenizer, notes)
+            screen.artefacts(folder / name)
+    return min((loss for loss in losses if loss is not None), default=None)
+
+
+def _module(settings: TrainSettings, config: GPT2Config, tokenizer: str) -> LanguageModeling:
+    """A model over its base, as it trains."""
+    names = settings.model.name, tokenizer
     model = build_base(config, settings.base, *names, settings.seed, settings.base_may_lack)
     model.transformer.gradient_checkpointing = settings.gradient_checkpointing
-    module = LanguageModeling(
+    return LanguageModeling(
         model,
         settings.optimizer,
         settings.label_smoothing,
@@ -59,18 +88,6 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
         dtype=runs.base_dtype(settings),
         compiled=settings.compile,
     )
-    screen.model(settings.model.name, model)
-    if settings.lora.rank and settings.base is None:
-        screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
-    callbacks = _callbacks(settings.callbacks, folder)
-    trainer = _trainer(settings.trainer, callbacks, _logger(settings, folder), folder)
-    trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
-    loss = runs.keep_weights(trainer, module, settings.keep, folder)
-    if trainer.is_global_zero:
-        notes = {"steps": trainer.global_step, "valid_loss": loss}
-        runs.save(folder, module, settings, data.tokenizer, notes)
-        screen.artefacts(folder)
-    return loss
 
 
 def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:

@@ -159,6 +159,8 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     `device` is cpu or cuda; a few steps can be timed only where it is there.
     Raises UserError for settings and data that training refuses too.
     """
+    if len(settings.members()) > 1:
+        raise UserError("lora", "several adapters at once cannot be planned", "plan them one by one")
     data = DataToText(settings.data, runs.tokenizer_of(settings.base), settings.seed)
     config = runs.build_config(settings, data.tokenizer)
     data.load(config.n_positions)
@@ -291,7 +293,7 @@ def _run(config: GPT2Config, settings: TrainSettings, device: str, batches: list
     keep_freed()
     if settings.compile:
         model.compile_blocks()
-    optimizer, _ = build_optimizer(_trained(model), settings.optimizer, len(batches))
+    optimizer, _ = build_optimizer([(_trained(model), settings.optimizer)], len(batches))
     start = time.perf_counter()
     for number, batch in enumerate(batches):
         if number == 2:

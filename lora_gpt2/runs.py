@@ -1,6 +1,7 @@
 """A run's folder: what training leaves there, and how the next stage starts from it."""
 
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import LoraSettings, Precision, gpt2_config
 from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
 from lora_gpt2.training.module import LanguageModeling
+from lora_gpt2.training.together import AdaptersTogether
 from lora_gpt2.weights.adapter import describe_adapter, open_adapter
 from lora_gpt2.weights.pretrained import build_base, check_tokenizer, describe_base
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, Description, find, save_adapter, save_model
@@ -125,19 +127,25 @@ def keep_metrics(folder: Path) -> None:
         old.rename(folder / f"metrics.{count + 1}.csv")
 
 
-def keep_weights(trainer: Trainer, module: LanguageModeling, keep: Keep, folder: Path) -> float | None:
+def keep_weights(
+    trainer: Trainer, module: LanguageModeling | AdaptersTogether, keep: Keep, folder: Path
+) -> list[float | None]:
     """Saves the last state for a later resume, and puts the weights to keep into `module`.
 
-    Returns the lowest validation loss; None when none was taken (then the last weights are kept).
+    Returns each member's lowest validation loss; None when none was taken (then the last weights are kept).
     """
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    if isinstance(module, AdaptersTogether):
+        if keep is Keep.best:
+            module.keep_best()
+        return [loss if math.isfinite(loss) else None for loss in module.lowest]
     best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
     if not isinstance(best, ModelCheckpoint) or best.best_model_score is None:
-        return None
+        return [None]
     if keep is Keep.best:
         checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
-    return float(best.best_model_score)
+    return [float(best.best_model_score)]
 
 
 def save(
@@ -148,6 +156,7 @@ def save(
     notes: dict[str, Any],
 ) -> None:
     """Writes the adapter, or the model where everything trained, and the tokenizer it belongs to."""
+    folder.mkdir(parents=True, exist_ok=True)
     local = settings.base is not None and Path(settings.base).exists()
     description = Description(
         kind="adapter" if settings.lora.rank else "model",

@@ -7,7 +7,7 @@ import difflib
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
@@ -20,10 +20,14 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.errors import UserError
+from lora_gpt2.model.config import LoraBias
 from lora_gpt2.model.settings import LoraSettings, ModelSettings, Precision
-from lora_gpt2.training.config import OptimizerSettings
+from lora_gpt2.training.config import OptimizerSettings, Schedule
 
 S = TypeVar("S")
+
+TOGETHER = {"lora.rank": int, "lora.alpha": float, "lora.dropout": float, "optimizer.lr": float, "seed": int}
+"""Settings of training that may be lists, a value for each of several adapters over one base."""
 
 PLAIN = (None, "32-true", "32", 32)
 """What `trainer.precision` says where Lightning converts nothing."""
@@ -61,8 +65,8 @@ class TrainSettings:
     """A run's folder or a .ckpt file to go on from."""
     dry_run: bool = False
     """Print what would be trained, and stop."""
-    seed: int = 42
-    """Of weights, order and dropout."""
+    seed: Any = 42
+    """Of weights, order and dropout. A whole number, or a list for several adapters at once."""
     precision: Precision = Precision.float32
     """What the frozen base under LoRA is kept and computed in, float32 or bfloat16; LoRA stays float32."""
     compile: bool = False
@@ -81,8 +85,46 @@ class TrainSettings:
             raise ValueError(f"{what} {self.precision.value}: leave one of them out")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
             raise ValueError("optimizer.lora_plus_ratio is of LoRA's B: set lora.rank, or leave it out")
+
+    def members(self) -> dict[str, "TrainSettings"]:
+        """The experiment of each adapter, under a name that says its values; "" where there is but one.
+
+        Raises ValueError for lists of different lengths, and for what adapters over one base cannot have.
+        """
+        lists = {key: value for key in TOGETHER if isinstance(value := _get(self, key), list)}
+        if not lists:
+            return {"": self}
+        if len(set(map(len, lists.values()))) > 1 or not all(lists.values()):
+            lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
+            raise ValueError(f"lists for several adapters need one length, here: {lengths}")
+        wrong: dict[str, bool] = {
+            "lora.rank must be above 0 for each of": any(not rank for rank in _listed(self.lora.rank)),
+            "lora.dora cannot be had with": self.lora.dora,
+            "lora.bias must be none with": self.lora.bias is not LoraBias.none,
+            "model.dropout must be 0 with": self.model.dropout > 0,
+            "gradient_checkpointing cannot be had with": self.gradient_checkpointing,
+            "data.pack cannot be had with": self.data.pack,
+            "optimizer.schedule=plateau cannot be had with": self.optimizer.schedule is Schedule.plateau,
+            "base must be given, as its random weights depend on the seed, for": self.base is None
+            and "seed" in lists,
+        }
+        for what, found in wrong.items():
+            if found:
+                raise ValueError(f"{what} several adapters at once")
+        members: dict[str, TrainSettings] = {}
+        for values in zip(*lists.values(), strict=True):
+            chosen = dict(zip(lists, values, strict=True))
+            lora = {key.partition(".")[2]: value for key, value in chosen.items() if key.startswith("lora.")}
+            rate, seed = chosen.get("optimizer.lr", self.optimizer.lr), chosen.get("seed", self.seed)
+            optimizer = replace(self.optimizer, lr=rate)
+            name = ",".join(f"{key}={value}" for key, value in chosen.items())
+            members[name] = replace(self, seed=seed, lora=replace(self.lora, **lora), optimizer=optimizer)
+        if len(members) < len(next(iter(lists.values()))):
+            raise ValueError("two of several adapters at once are the same: leave one out")
+        return members
 
 
 @dataclass
@@ -148,7 +190,8 @@ def _open_mappings(schema: type) -> DictConfig:
 def resolve(cfg: DictConfig, schema: type[S]) -> S:
     """The composed config as dataclasses. Raises ConfigError for a key, type or value that is wrong."""
     with user_errors():
-        if faults := list(_unknown_keys(cfg, schema)) or list(_unknown_arguments(cfg)):
+        faults = list(_unknown_keys(cfg, schema)) or list(_ill_typed(cfg, schema))
+        if faults := faults or list(_unknown_arguments(cfg)):
             raise ConfigError("\n".join(faults))
         try:
             return cast(S, OmegaConf.to_object(cfg))
@@ -175,6 +218,37 @@ def _unknown_keys(cfg: Any, schema: Any, path: str = "") -> Iterator[str]:
             yield f"{path}{key}: no such setting{_nearest(key, list(known), path)}"
         elif not OmegaConf.is_missing(cfg, key):
             yield from _unknown_keys(cfg._get_node(key), known[key], f"{path}{key}.")
+
+
+def _ill_typed(cfg: DictConfig, schema: type) -> Iterator[str]:
+    """Settings that may be lists, and so are not typed by Hydra. Numbers are made what they should be."""
+    for key, kind in TOGETHER.items() if schema is TrainSettings else ():
+        value = OmegaConf.select(cfg, key)
+        several = OmegaConf.is_list(value)
+        numbers = [_number(one, kind) for one in (value if several else [value])]
+        if None in numbers:
+            wanted = "a whole number" if kind is int else "a number"
+            yield f"{key} must be {wanted}, or a list with one for each of several adapters, not {value}"
+        else:
+            OmegaConf.update(cfg, key, numbers if several else numbers[0])
+
+
+def _number(value: Any, kind: type) -> Any:
+    """The value as a number of that kind; None: it is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1):
+        return None
+    return kind(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _get(settings: Any, key: str) -> Any:
+    """The setting under a dotted name."""
+    for name in key.split("."):
+        settings = getattr(settings, name)
+    return settings
 
 
 def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:

@@ -16,7 +16,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-PAGES = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("adapters.md", "decoding.md")]
+PAGES = [
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("adapters.md", "decoding.md", "performance.md")
+]
 
 
 def blocks(language: str, text: str = README) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
 from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
@@ -22,11 +23,14 @@ class DataToText(LightningDataModule):
     ``folder`` holds the encoded files, ``meta`` what is known of them, ``tokenizer`` is theirs.
     """
 
-    def __init__(self, settings: DataSettings, tokenizer: str, seed: int) -> None:
-        """`tokenizer` is the source to use where the settings name none."""
+    def __init__(self, settings: DataSettings, tokenizer: str, *seeds: int) -> None:
+        """`tokenizer` is the source to use where the settings name none.
+
+        With several `seeds` a training batch is a list: one of each order.
+        """
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation rows than ranks
-        self.settings, self.seed = settings, seed
+        self.settings, self.seeds = settings, seeds
         root = Path(settings.root).expanduser() if settings.root else None
         self.folder = encoded(
             settings.corpus.value, root, settings.tokenizer or tokenizer, Path(settings.cache).expanduser()
@@ -65,17 +69,19 @@ class DataToText(LightningDataModule):
     def valid_rows(self) -> EncodedRows:
         return self._rows["valid"]
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.train_rows, self.settings.batch_size, shuffle=True, skip=self._served)
+    def train_dataloader(self) -> DataLoader[Batch] | CombinedLoader:
+        rows, size = self.train_rows, self.settings.batch_size
+        loaders = [self._loader(rows, size, seed, shuffle=True, skip=self._served) for seed in self.seeds]
+        return loaders[0] if len(loaders) == 1 else CombinedLoader(loaders, "min_size")
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.valid_rows, self.settings.eval_batch_size, shuffle=False)
+        return self._loader(self.valid_rows, self.settings.eval_batch_size, self.seeds[0], shuffle=False)
 
-    def _loader(self, rows: EncodedRows, batch_size: int, **options: Any) -> DataLoader[Batch]:
+    def _loader(self, rows: EncodedRows, batch_size: int, seed: int, **options: Any) -> DataLoader[Batch]:
         batches = LengthBuckets(
             rows.lengths,
             batch_size,
-            seed=self.seed,
+            seed=seed,
             bucket=self.settings.bucket,
             rank=self.trainer.global_rank if self.trainer else 0,
             ranks=self.trainer.world_size if self.trainer else 1,

@@ -153,6 +153,8 @@ class GPT2LMModel(nn.Module):
         for place, module in self.named_modules():
             for name in [name for name in module._parameters if not is_lora(name)]:
                 setattr(module, name, getattr(theirs[place], name))
+            if isinstance(module, MergedLinear | GPT2LMHead):
+                module.frozen = cast(MergedLinear | GPT2LMHead, theirs[place]).frozen
 
     def merge(self) -> None:
         for layer in self.lora_layers():

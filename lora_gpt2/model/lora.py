@@ -1,7 +1,8 @@
 """LoRA on a linear layer.  n: enabled projections, P: all of them, R: rank."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,14 @@ from torch.nn import functional as F
 
 from lora_gpt2.model.dropout import dropout
 from lora_gpt2.model.products import Frozen, linear
+
+
+class Shares(Protocol):
+    """Which rows of a batch belong to which of several models over one base: see `side_by_side`."""
+
+    running: bool
+
+    def shares(self) -> Iterator[tuple[int, tuple[slice, slice]]]: ...
 
 
 class MergedLinear(nn.Module):
@@ -71,6 +80,8 @@ class MergedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._base: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.frozen: Frozen | None = None
+        self.beside: Shares | None = None
+        self.layers: Sequence[MergedLinear] = ()
         self.lora_magnitude = self.lora_bias = None
         n = len(self.enabled)
         if n:
@@ -195,9 +206,18 @@ class MergedLinear(nn.Module):
             y = linear(x, self._out_in(self.weight), self._whole_bias())
         if self.merged or not self.enabled:
             return y
-        for i, update in self._updates(x):
-            y.narrow(-1, i * self.part, self.part).add_(update)
+        for layer, rows in self._shares():
+            for i, update in layer._updates(x[rows]):
+                y[rows].narrow(-1, i * self.part, self.part).add_(update)
         return y
+
+    def _shares(self) -> Iterator[tuple["MergedLinear", Any]]:
+        """The layers whose updates act, and on which rows: on all, unless several stand side by side."""
+        if self.beside is None or not self.beside.running:
+            yield self, ...
+            return
+        for k, rows in self.beside.shares():
+            yield self.layers[k], rows
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, r={self.r}, enabled={self.enabled}"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from lora_gpt2.model.config import GPT2Config, LoraBias, LoraInit, Target
 
@@ -46,12 +47,12 @@ class ModelSettings:
 class LoraSettings:
     """The group `lora`: W = W0 + (alpha / rank) B A on the chosen projections (Hu et al. 2021, eq. 3)."""
 
-    rank: int = 0
-    """r; 0: no LoRA, every weight trains."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """On the input of A, while training."""
+    rank: Any = 0
+    """r, a whole number; 0: no LoRA, every weight trains. A list: several adapters at once."""
+    alpha: Any = 32.0
+    """The update is scaled by alpha / rank. A number or a list."""
+    dropout: Any = 0.0
+    """On the input of A, while training. A number or a list."""
     rank_dropout: float = 0.0
     """Between A and B, while training."""
     targets: list[Target] = field(default_factory=lambda: [Target.q, Target.v])

@@ -32,9 +32,14 @@ class Progress(Callback):
         self._tokens, self._first_step = 0, trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Batch | list[Batch],
+        batch_idx: int,
     ) -> None:
-        self._tokens += batch.tokens
+        self._tokens += sum(one.tokens for one in (batch if isinstance(batch, list) else [batch]))
         if self._due():
             step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
             values = trainer.callback_metrics

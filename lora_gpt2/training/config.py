@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 class Schedule(str, Enum):
@@ -17,8 +18,8 @@ class Schedule(str, Enum):
 
 @dataclass
 class OptimizerSettings:
-    lr: float = 2e-4
-    """Highest learning rate."""
+    lr: Any = 2e-4
+    """Highest learning rate. A number, or a list for several adapters at once."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of AdamW's first and second moment."""
     eps: float = 1e-6
@@ -40,7 +41,10 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         checks = {
-            "lr": (self.lr > 0, "above 0"),
+            "lr": (
+                all(rate > 0 for rate in (self.lr if isinstance(self.lr, list) else [self.lr])),
+                "above 0",
+            ),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
             "eps": (self.eps > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_gpt2.data.batches import Batch
 from lora_gpt2.errors import UserError
@@ -55,9 +55,11 @@ class LanguageModeling(LightningModule):
         self.model.unpack()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds dropout by the place in the run: a resumed run goes on bit for bit, and ranks differ."""
-        place = self.seed, self.current_epoch, batch_idx, self.global_rank
-        torch.manual_seed(reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, place))
+        torch.manual_seed(self.dropout_seed(self.current_epoch, batch_idx, self.global_rank))
+
+    def dropout_seed(self, *place: int) -> int:
+        """By the place in the run: a resumed run goes on bit for bit, and ranks differ."""
+        return reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, (self.seed, *place))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         ids, labels, mask, positions = batch.input_ids, batch.labels, batch.mask, batch.position_ids
@@ -74,12 +76,13 @@ class LanguageModeling(LightningModule):
         self.log_dict(values)  # already reduced over ranks
         self.valid_metrics.reset()
 
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """What trains, by name."""
+        return [(name, one) for name, one in self.named_parameters() if one.requires_grad]
+
     def configure_optimizers(self) -> Any:
-        trained = [
-            (name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad
-        ]
         total = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = build_optimizer(trained, self.optimizer_settings, total)
+        optimizer, schedule = build_optimizer([(self.trained(), self.optimizer_settings)], total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -91,6 +94,9 @@ class LanguageModeling(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Fills in the frozen base. Raises UserError for a checkpoint of another model or another base."""
+        if "members" in checkpoint:
+            what = f"the checkpoint is of several adapters: {'; '.join(checkpoint['members'])}"
+            raise UserError("resume", what, "give the settings of that run")
         if "config" not in checkpoint:
             do = "resume from a checkpoint of this version's train.py"
             raise UserError("resume", "the checkpoint does not say its model", do)

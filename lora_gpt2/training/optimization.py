@@ -1,7 +1,8 @@
 """AdamW and the six schedules as functions of the optimizer step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -35,24 +36,28 @@ def rate_factor(step: int, total: int, settings: OptimizerSettings) -> float:
 
 
 def build_optimizer(
-    parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings, total: int
+    trained: Iterable[tuple[Iterable[tuple[str, nn.Parameter]], OptimizerSettings]], total: int
 ) -> tuple[AdamW, LambdaLR]:
-    """AdamW over the named `parameters` and its schedule over `total` optimizer steps.
+    """AdamW over named parameters, each set by settings of its own, and the schedule over `total` steps.
 
-    The first group has the rate `lr`; LoRA's B is a group of its own where `lora_plus_ratio` asks for it.
+    The first group of a set has the rate `lr`; LoRA's B is a group of its own where `lora_plus_ratio` asks
+    for it.
     """
-    named = list(parameters)
+    pairs = [(group, settings) for named, settings in trained for group in _groups(list(named), settings)]
+    optimizer = AdamW([group for group, _ in pairs], fused=True)
+    courses: list[Callable[[int], float]] = [
+        partial(rate_factor, total=total, settings=settings) for _, settings in pairs
+    ]
+    return optimizer, LambdaLR(optimizer, courses)
+
+
+def _groups(named: list[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> list[dict[str, Any]]:
     faster = {name for name, _ in named if name.endswith("lora_B") and settings.lora_plus_ratio != 1}
-    groups: list[dict[str, Any]] = [{"params": [p for name, p in named if name not in faster]}]
+    how = {"betas": settings.betas, "eps": settings.eps, "weight_decay": settings.weight_decay}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in named if name not in faster], "lr": settings.lr, **how}
+    ]
     if faster:
         rate = settings.lora_plus_ratio * settings.lr
-        groups.append({"params": [p for name, p in named if name in faster], "lr": rate})
-    optimizer = AdamW(
-        groups,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    return optimizer, LambdaLR(optimizer, lambda step: rate_factor(step, total, settings))
+        groups.append({"params": [p for name, p in named if name in faster], "lr": rate, **how})
+    return groups

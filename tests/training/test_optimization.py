@@ -43,7 +43,7 @@ def test_without_warm_up_the_first_step_is_at_the_full_rate(schedule):
 
 def test_the_settings_reach_adamw_and_the_schedule_moves_the_rate():
     settings = OptimizerSettings(lr=0.5, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.3, warmup_steps=2)
-    optimizer, schedule = build_optimizer([("weight", nn.Parameter(torch.ones(2)))], settings, total=4)
+    optimizer, schedule = build_optimizer([([("weight", nn.Parameter(torch.ones(2)))], settings)], total=4)
     group = optimizer.param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-7, 0.3)
     rates = []
@@ -57,7 +57,7 @@ def test_the_settings_reach_adamw_and_the_schedule_moves_the_rate():
 def test_lora_plus_gives_b_a_rate_of_its_own_over_the_whole_schedule():
     settings = OptimizerSettings(lr=0.1, lora_plus_ratio=16, warmup_steps=2)
     named = [(name, nn.Parameter(torch.ones(2))) for name in ("h.0.lora_A", "h.0.lora_B", "h.0.lora_bias")]
-    optimizer, schedule = build_optimizer(named, settings, total=4)
+    optimizer, schedule = build_optimizer([(named, settings)], total=4)
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 1]
     assert optimizer.param_groups[1]["params"][0] is named[1][1]
     for _ in range(4):
