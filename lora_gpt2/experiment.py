@@ -57,14 +57,21 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
     parts: dict[str, LanguageModeling] = {}
     for (name, member), config in zip(members.items(), configs, strict=True):
-        parts[name] = _module(member, config, data.tokenizer.sha256)
+        part = _module(member, config, data.tokenizer.sha256)
+        part.model.share_base(next(iter(parts.values()), part).model)
+        parts[name] = part
         screen.model(settings.model.name, parts[name].model)
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
     module = AdaptersTogether(parts) if len(parts) > 1 else parts[""]
     callbacks = _callbacks(settings.callbacks, folder)
     trainer = _trainer(settings.trainer, callbacks, _logger(settings, folder), folder)
-    trainer.fit(module, datamodule=data, ckpt_path=runs.checkpoint_file(settings.resume), weights_only=True)
+    checkpoint = runs.checkpoint_file(settings.resume)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        for part in parts.values():  # where the fit did not come to its end
+            part.model.unpack()
     losses = runs.keep_weights(trainer, module, settings.keep, folder)
     if trainer.is_global_zero:
         for (name, member), loss in zip(members.items(), losses, strict=True):

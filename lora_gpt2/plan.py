@@ -34,7 +34,7 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
-from lora_gpt2.model.products import Frozen
+from lora_gpt2.model.products import HAS_ONEDNN, Frozen
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.training.optimization import build_optimizer
 from lora_gpt2.weights.store import plain_update
@@ -53,7 +53,7 @@ def _product_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
     return 2 * math.prod(x) * int(weight[0])
 
 
-ONEDNN = {torch.ops.mkldnn._linear_pointwise: _product_flops}
+ONEDNN = {torch.ops.mkldnn._linear_pointwise: _product_flops} if HAS_ONEDNN else {}
 """Operations of the products that torch's counter does not know, by the shapes of x and W (out, in)."""
 
 

@@ -85,6 +85,13 @@ class TrainSettings:
             raise ValueError(f"{what} {self.precision.value}: leave one of them out")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
+        if self.precision is not Precision.float32 and self.lora.bias is not LoraBias.none:
+            what = (
+                f"lora.bias {self.lora.bias.value} trains what precision {self.precision.value} rounds away"
+            )
+            raise ValueError(f"{what}: leave precision out")
+        if self.trainer.get("precision") in ("16-mixed", 16, "16") and self.trainer.get("gradient_clip_val"):
+            raise ValueError("trainer.gradient_clip_val does not go with 16-mixed: use bf16-mixed")
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
             raise ValueError("optimizer.lora_plus_ratio is of LoRA's B: set lora.rank, or leave it out")
@@ -111,8 +118,9 @@ class TrainSettings:
             "base must be given, as its random weights depend on the seed, for": self.base is None
             and "seed" in lists,
         }
+        several = len(next(iter(lists.values()))) > 1
         for what, found in wrong.items():
-            if found:
+            if found and several:
                 raise ValueError(f"{what} several adapters at once")
         members: dict[str, TrainSettings] = {}
         for values in zip(*lists.values(), strict=True):
@@ -120,11 +128,11 @@ class TrainSettings:
             lora = {key.partition(".")[2]: value for key, value in chosen.items() if key.startswith("lora.")}
             rate, seed = chosen.get("optimizer.lr", self.optimizer.lr), chosen.get("seed", self.seed)
             optimizer = replace(self.optimizer, lr=rate)
-            name = ",".join(f"{key}={value}" for key, value in chosen.items())
+            name = "_".join(f"{key}-{value}" for key, value in chosen.items())
             members[name] = replace(self, seed=seed, lora=replace(self.lora, **lora), optimizer=optimizer)
         if len(members) < len(next(iter(lists.values()))):
             raise ValueError("two of several adapters at once are the same: leave one out")
-        return members
+        return members if several else {"": next(iter(members.values()))}
 
 
 @dataclass

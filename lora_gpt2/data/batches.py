@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
@@ -30,8 +31,11 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None
     """(B, T) where rows are packed: they start again at 0 with each row."""
 
-    def packed(self, line: int) -> "Batch":
-        """The rows one behind another, the longest first, each in the first line of `line` tokens it fits."""
+    def packed(self, line: int, multiple: int = 1) -> "Batch":
+        """The rows one behind another, the longest first, each in the first line of `line` tokens it fits.
+
+        T is padded to a `multiple`, up to `line`.
+        """
         places = torch.arange(1, self.mask.size(1) + 1)
         lengths = (self.mask * places).amax(dim=1).tolist()  # what lies behind the last target is not needed
         lines: list[list[int]] = []
@@ -46,7 +50,8 @@ class Batch(NamedTuple):
 
         def laid(values: Tensor) -> Tensor:
             parts = [torch.cat([values[i, : lengths[i]] for i in members]) for members in lines]
-            return pad_sequence(parts, batch_first=True)
+            laid_out = pad_sequence(parts, batch_first=True)
+            return F.pad(laid_out, (0, min(-laid_out.size(1) % multiple, line - laid_out.size(1))))
 
         positions = torch.arange(self.input_ids.size(1)).expand_as(self.input_ids)
         ids, labels, mask = laid(self.input_ids), laid(self.labels), laid(self.mask)
@@ -107,7 +112,7 @@ class EncodedRows(Dataset[Batch]):
             counts = counts & (columns[1:] >= self.contexts[index, None])
         tokens = int(lengths.sum()) - len(index)
         batch = Batch(ids[:, :-1], ids[:, 1:], counts, index, tokens)
-        return batch.packed(self.seq_len - 1) if self.packed else batch
+        return batch.packed(self.seq_len - 1, self.multiple) if self.packed else batch
 
     def _width(self, tokens: int) -> int:
         return min(-(-tokens // self.multiple) * self.multiple, max(tokens, self.seq_len - 1))

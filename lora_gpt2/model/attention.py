@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_gpt2.model.dropout import dropout
@@ -41,14 +42,17 @@ class _Causal(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        shape = q.shape
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
-        mask = q.new_full((q.size(1), q.size(1)), -torch.inf).triu_(1)
-        weights = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5).softmax(dim=-1)
-        ctx.save_for_backward(q, k, v, weights)
-        return (weights @ v).view(shape)
+        shape, kind = q.shape, q.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+        q, k, v = (x.flatten(0, 1).to(dtype) for x in (q, k, v))  # (B H, T, D)
+        with torch.autocast(kind, enabled=False):
+            mask = q.new_full((q.size(1), q.size(1)), -torch.inf).triu_(1)
+            weights = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5).softmax(dim=-1)
+            ctx.save_for_backward(q, k, v, weights)
+            return (weights @ v).view(shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, ...]:
         q, k, v, weights = ctx.saved_tensors
         grad = upstream[0].flatten(0, 1)  # (B H, T, D)

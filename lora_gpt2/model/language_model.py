@@ -259,5 +259,6 @@ class GPT2LMModel(nn.Module):
 
         These are the tensors themselves, not copies.
         """
+        assert self.lm_head.frozen is None, "the base is packed: unpack() first"
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("lm_head.")}
         return {**weights, TOKEN_TABLE: weights[TOKEN_TABLE][: self.config.vocab_size]}

@@ -165,6 +165,7 @@ class MergedLinear(nn.Module):
     def delta_weight(self) -> Tensor:
         """What the update adds to ``weight``, in its layout; zero where no projection is adapted."""
         assert not self.merged, "the base is needed, and the update is merged into it"
+        assert self.frozen is None, "the base is packed: unpack() first"
         base = self._out_in(self.weight)
         delta = torch.zeros_like(base)
         for j, i in enumerate(self.enabled):
@@ -235,7 +236,7 @@ class MergedLinear(nn.Module):
             scaled = (y[..., self._rows(i)] + update) * scale
             y[..., self._rows(i)] = scaled.to(y.dtype)
         bias = self._whole_bias()
-        return y if bias is None else y + bias
+        return y if bias is None else (y + bias).to(y.dtype)
 
     def _updates(self, x: Tensor) -> list[tuple[int, Tensor]]:
         """(projection, what it adds (..., out / P)) of each enabled one."""

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lora_gpt2.model.products import Frozen, linear
@@ -18,7 +19,7 @@ _LOGITS = 16_000_000
 """Logits that `head_loss` makes at one time: 64 MB in float32."""
 
 _ROWS = 16
-"""Rows of logits that become losses at one time, in float32: few enough for a processor's cache."""
+"""Rows of logits that become losses at one time on a CPU, in float32: few enough for its cache."""
 
 
 def token_loss(logits: Tensor, labels: Tensor, label_smooth: float = 0.0) -> Tensor:
@@ -82,16 +83,18 @@ class _HeadLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grads = (grad if grad is None else grad * upstream[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        grads = (grad if grad is None else grad * upstream[0] for grad in ctx.saved_tensors)
         return (*grads, None, None, None, None)
 
 
 def _losses(logits: Tensor, targets: Tensor, smooth: float, slopes: Tensor | None) -> Tensor:
     """(n,) losses of (n, V) logits; their slopes by the logits go to `slopes`, which may be the logits."""
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    for first in range(0, len(logits), _ROWS):
-        rows = slice(first, first + _ROWS)
+    step = _ROWS if logits.is_cpu else max(1, len(logits))
+    for first in range(0, len(logits), step):
+        rows = slice(first, first + step)
         target, values = targets[rows, None], logits[rows].float()
         p = values.softmax(dim=-1)
         log_sum = values.amax(dim=1) - p.amax(dim=1).log()  # one exponential a logit, for value and slope

@@ -8,18 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-_ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_ONEDNN = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b: (..., in), (out, in), (out,) -> (..., out)"""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    if x.is_cpu and x.dtype is torch.float32 and _ONEDNN and not autocast and x.numel():
-        rows: Tensor = _OneDNN.apply(x.reshape(-1, x.size(-1)), weight, bias)  # type: ignore[no-untyped-call]
-        return rows.view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
+    if not HAS_ONEDNN or not all(one.is_cpu and one.dtype is torch.float32 for one in (x, weight)):
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu") or not x.numel() or x.size(-1) != weight.size(1):
+        return F.linear(x, weight, bias)
+    rows: Tensor = _OneDNN.apply(x.reshape(-1, x.size(-1)), weight, bias)  # type: ignore[no-untyped-call]
+    return rows.view(*x.shape[:-1], weight.size(0))
 
 
 class Frozen:
@@ -35,7 +37,7 @@ class Frozen:
     @staticmethod
     def fits(weight: Tensor) -> bool:
         """Whether it does not train, and this pays: float32 gains half as much for twice the memory."""
-        if weight.requires_grad or not weight.is_cpu or weight.dtype is not torch.bfloat16 or not _ONEDNN:
+        if weight.requires_grad or not weight.is_cpu or weight.dtype is not torch.bfloat16 or not HAS_ONEDNN:
             return False
         supported: bool = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
         return supported
@@ -48,7 +50,7 @@ class Frozen:
         """x W^T + b: (..., in) -> (..., out)"""
         rows = x.reshape(-1, x.size(-1))
         result: Tensor = _FrozenLinear.apply(rows, self, bias)  # type: ignore[no-untyped-call]
-        return result.view(*x.shape[:-1], -1)
+        return result.view(*x.shape[:-1], self.shape[0])
 
     def back(self, grad: Tensor) -> Tensor:
         """grad W: (N, out) -> (N, in)"""
@@ -65,6 +67,7 @@ class _OneDNN(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad = upstream[0].contiguous()  # (N, out)
         x, weight = ctx.saved_tensors
@@ -84,6 +87,7 @@ class _FrozenLinear(torch.autograd.Function):
         return product(x, frozen.blocks, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x_grad, _, bias_grad = ctx.needs_input_grad
         return (

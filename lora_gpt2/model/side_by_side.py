@@ -25,7 +25,14 @@ class SideBySide:
     """
 
     def __init__(self, models: Sequence[GPT2LMModel]) -> None:
+        """Raises ValueError for what models beside others cannot have."""
         self.models = list(models)
+        for model in models:
+            config = model.config
+            if config.lora_dora or config.lora_bias != "none" or config.fix_dropout:
+                raise ValueError("models side by side have no DoRA, trained biases, or dropout of their own")
+            if model.transformer.gradient_checkpointing:
+                raise ValueError("models side by side cannot check-point gradients")
         self.share()
         self._shapes: list[tuple[int, ...]] = []
         self._states: list[Tensor] = []
@@ -82,7 +89,7 @@ class SideBySide:
         if not self._states or not (config.lora_dropout or config.lora_r_dropout):
             yield
             return
-        generators: Any = torch.cuda if self._device.type == "cuda" else torch
+        generators: Any = {"cuda": torch.cuda, "mps": torch.mps}.get(self._device.type, torch)
         generators.set_rng_state(self._states[k])
         try:
             yield

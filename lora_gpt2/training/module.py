@@ -1,5 +1,7 @@
 """The LightningModule: wires model, loss, metrics and optimizer, and computes nothing itself."""
 
+import os
+import shutil
 from functools import reduce
 from typing import Any
 
@@ -49,6 +51,10 @@ class LanguageModeling(LightningModule):
         self.model.pack()
         keep_freed()  # only now: what building the model took is given back
         if self.compiled:
+            compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+            if self.device.type == "cpu" and not any(map(shutil.which, compilers)):
+                do = "install g++, name one in CXX, or set compile=false"
+                raise UserError("compile", "needs a C++ compiler, and none was found", do)
             self.model.compile_blocks()
 
     def on_fit_end(self) -> None:
@@ -89,7 +95,7 @@ class LanguageModeling(LightningModule):
         checkpoint["base_sha256"] = self.base_sha256
         checkpoint["config"] = self.model.config.to_dict()
         checkpoint["lora_plus_ratio"] = self.optimizer_settings.lora_plus_ratio
-        if self.base_sha256:
+        if self.model.lora_layers():
             checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if is_lora(k)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

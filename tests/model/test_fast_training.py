@@ -13,6 +13,7 @@ from lora_gpt2.model.attention import causal_attention
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.loss import head_loss, token_loss
+from lora_gpt2.model.products import Frozen
 
 GENERATOR = torch.Generator().manual_seed(1)
 IDS, LABELS = (torch.randint(0, 300, (5, 23), generator=GENERATOR) for _ in range(2))
@@ -89,6 +90,7 @@ def test_a_bfloat16_base_is_the_same_to_its_rounding(options):
     types = {name: p.dtype for name, p in model.named_parameters()}
     assert all((kind is torch.float32) == ("lora_" in name) for name, kind in types.items())
     model.pack()
+    assert (model.lm_head.frozen is not None) == Frozen.fits(torch.zeros(2, 2, dtype=torch.bfloat16))
     found, grads = fast(model)
     assert found == pytest.approx(value, rel=2e-3)
     assert furthest(grads, expected) < 0.05
@@ -105,9 +107,11 @@ def test_packing_changes_no_result_and_is_undone():
     expected, theirs = fast(other)
     assert value == pytest.approx(expected, rel=1e-3)
     assert furthest(grads, theirs) < 0.02
+    if model.lm_head.frozen is not None:
+        with pytest.raises(AssertionError, match="unpack"):
+            model.merge()
     model.unpack()
     assert all(torch.equal(value, before[name]) for name, value in model.weights().items())
-    model.merge()
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling on a CPU needs a C++ compiler")
@@ -191,8 +195,23 @@ def test_gradient_checkpointing_saves_memory():
     assert peaks[1] < 0.6 * peaks[0]
 
 
-def test_a_row_without_targets_costs_nothing_and_breaks_nothing():
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_autocast_is_the_same_to_its_rounding(options):
+    value, expected = plain(build(**options))
+    model = build(**options)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.completion_loss(IDS, LABELS, MASK, 0.1)
+    assert loss.item() == pytest.approx(value, rel=5e-3)
+    assert furthest(gradients(model, loss), expected) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_without_targets_costs_nothing_and_breaks_nothing(dtype):
     model = build()
+    model.train_only_lora(dtype)
+    model.pack()
+    report = model.completion_report(IDS, LABELS, torch.zeros_like(MASK))
+    assert (report.loss_sum, report.tokens) == (0, 0)
     value = model.completion_loss(IDS, LABELS, torch.zeros_like(MASK), 0.1)
     value.backward()
     assert value.item() == 0

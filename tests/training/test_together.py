@@ -34,8 +34,9 @@ def models(**shared) -> list[GPT2LMModel]:
         )
         model = GPT2LMModel(config).double().train()
         model.train_only_lora()
-        for layer in model.lora_layers():
-            torch.nn.init.normal_(layer.lora_B, std=0.05)
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.05)
         built.append(model)
     return built
 
@@ -86,9 +87,9 @@ def test_a_model_beside_others_can_still_run_alone():
 
 SEVERAL = ["lora.rank=[1,4,2]", "lora.alpha=[8,16,32]", "optimizer.lr=[0.01,0.003,0.01]", "seed=[3,5,3]"]
 NAMES = [
-    "lora.rank=1,lora.alpha=8.0,optimizer.lr=0.01,seed=3",
-    "lora.rank=4,lora.alpha=16.0,optimizer.lr=0.003,seed=5",
-    "lora.rank=2,lora.alpha=32.0,optimizer.lr=0.01,seed=3",
+    "lora.rank-1_lora.alpha-8.0_optimizer.lr-0.01_seed-3",
+    "lora.rank-4_lora.alpha-16.0_optimizer.lr-0.003_seed-5",
+    "lora.rank-2_lora.alpha-32.0_optimizer.lr-0.01_seed-3",
 ]
 
 
@@ -100,7 +101,10 @@ NAMES = [
 def test_adapters_trained_together_are_those_trained_alone(tmp_path, tiny, base, more):
     arguments = [*tiny, "lora=qv", "lora.dropout=0.2", f"base={base}", *more]
     together = train(tmp_path / "together", *arguments, *SEVERAL)
-    alone = [train(tmp_path / name, *arguments, *(part for part in name.split(","))) for name in NAMES]
+    alone = [
+        train(tmp_path / name, *arguments, *(part.replace("-", "=") for part in name.split("_")))
+        for name in NAMES
+    ]
     assert together == pytest.approx(min(alone), rel=1e-2 if "precision=bfloat16" in more else 1e-4)
     close = 0.1 if "precision=bfloat16" in more else 1e-3
     for name in NAMES:
@@ -123,7 +127,7 @@ def test_a_resumed_run_of_several_equals_an_uninterrupted_one(tmp_path, tiny, ba
     with pytest.raises(Killed):
         train(tmp_path / "broken", *arguments, kill)
     train(tmp_path / "resumed", *arguments, f"resume={tmp_path / 'broken'}")
-    for name in ("lora.rank=1,seed=1", "lora.rank=2,seed=2"):
+    for name in ("lora.rank-1_seed-1", "lora.rank-2_seed-2"):
         expected, found = (
             load_file(tmp_path / folder / name / "adapter.safetensors") for folder in ("whole", "resumed")
         )
@@ -156,8 +160,24 @@ def test_other_adapters_do_not_resume_the_run(tmp_path, tiny, base):
         (["lora.rank=[1,2]", "model.dropout=0.1"], "model.dropout must be 0 with several adapters"),
         (["lora.rank=[1,2]", "gradient_checkpointing=true"], "gradient_checkpointing cannot be had with"),
         (["lora.rank=[1,2]", "data.pack=true"], "data.pack cannot be had with several adapters"),
+        (["lora.rank=4", "precision=bfloat16", "lora.bias=all"], "lora.bias all trains what precision"),
+        (
+            ["trainer.precision=16-mixed", "trainer.gradient_clip_val=1"],
+            "gradient_clip_val does not go with 16-mixed",
+        ),
     ],
 )
 def test_what_several_adapters_cannot_have_is_named(overrides, message):
     with pytest.raises(ConfigError, match=message):
         settings_of("train", overrides)
+
+
+def test_a_list_of_one_is_one():
+    (name, member), *others = settings_of("train", ["lora.rank=[4]", "model.dropout=0.1"]).members().items()
+    assert (name, member.lora.rank, others) == ("", 4, [])
+
+
+@pytest.mark.parametrize("shared", [{"lora_dora": True}, {"lora_bias": "all"}, {"fix_dropout": 0.1}])
+def test_models_that_cannot_stand_side_by_side_are_refused(shared):
+    with pytest.raises(ValueError, match="side by side"):
+        SideBySide(models(**shared))
