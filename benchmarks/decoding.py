@@ -21,10 +21,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import machine
-from programs import OPENERS, Contexts
-
-from lora_gpt2.memory import most_resident
+from cards import SIZES
+from decoding_programs import OPENERS, Contexts
+from machine import machine, peak_memory
 
 CPU_PROGRAMS = [
     "ours:float32:16",
@@ -36,10 +35,6 @@ CPU_PROGRAMS = [
     "ctranslate2:int8:8",
 ]
 GPU_PROGRAMS = ["ours:bfloat16:64", "transformers:bfloat16:64", "transformers-static:bfloat16:64"]
-SIZES = {
-    "gpt2.sm": {"n_embd": 768, "n_layer": 12, "n_head": 12},
-    "gpt2.md": {"n_embd": 1024, "n_layer": 24, "n_head": 16},
-}
 
 
 def main() -> None:
@@ -139,21 +134,12 @@ def measure(options: argparse.Namespace, program: str, model: str, folder: str) 
     for place in filter(None, (Path(folder), options.output)):
         place.mkdir(parents=True, exist_ok=True)
         (place / kept(program)).write_text("".join(lines))
-    print(json.dumps({"seconds": seconds, "peak_gb": peak(options.device)}))
+    print(json.dumps({"seconds": seconds, "peak_gb": peak_memory(options.device)}))
 
 
 def kept(program: str) -> str:
     """The file of a program's outputs."""
     return f"{program.replace(':', '-')}.jsonl"
-
-
-def peak(device: str) -> float:
-    """The most memory that this process ever held, in GB."""
-    if device == "cpu":
-        return most_resident() / 1e9
-    import torch
-
-    return torch.cuda.max_memory_allocated() / 1e9
 
 
 def quality(options: argparse.Namespace, programs: list[str], folder: Path) -> dict[str, dict[str, Any]]:

@@ -14,25 +14,16 @@ PEFT gets random batches padded to their longest row, as transformers' Trainer m
 
 import argparse
 import json
-import random
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from decoding import SIZES, peak
-from machine import machine
-from torch import Tensor
-
-from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
-from lora_gpt2.data.config import Corpus, DataSettings
-from lora_gpt2.data.jsonl import Row, read_rows
-from lora_gpt2.memory import keep_freed
+from cards import SIZES
+from machine import machine, peak_memory, peak_operations
+from training_programs import PROGRAMS
 
 CPU_PROGRAMS = [
     "ours:float32",
@@ -44,8 +35,6 @@ CPU_PROGRAMS = [
     "peft-grouped:bfloat16",
 ]
 GPU_PROGRAMS = ["ours:bfloat16", "lightning:bfloat16", "peft:bfloat16", "peft-compiled:bfloat16"]
-SMOOTHING = 0.1
-VOCABULARY = 50257
 
 
 def main() -> None:
@@ -74,7 +63,7 @@ def main() -> None:
 def compare(options: argparse.Namespace) -> tuple[dict[str, list[dict[str, Any]]], dict[str, float]]:
     """Each program's measurements, and each type's operations per second."""
     programs = options.programs or (CPU_PROGRAMS if options.device == "cpu" else GPU_PROGRAMS)
-    limits = {dtype: products(dtype, options.device) for dtype in {p.split(":")[1] for p in programs}}
+    limits = {dtype: peak_operations(dtype, options.device) for dtype in {p.split(":")[1] for p in programs}}
     results: dict[str, list[dict[str, Any]]] = {program: [] for program in programs}
     for repeat in range(options.repeats):
         for program in programs:
@@ -95,255 +84,7 @@ def measure(options: argparse.Namespace, program: str, dtype: str) -> None:
     torch.manual_seed(0)
     seconds, loss, rows, operations = PROGRAMS[program](options, getattr(torch, dtype))
     found = {"rows_per_second": rows / seconds, "flops": operations / seconds, "loss": loss}
-    print(json.dumps({**found, "peak_gb": peak(options.device)}))
-
-
-def batches(options: argparse.Namespace, *, grouped: bool, seed: int = 0) -> Iterator[Batch]:
-    """The warm-up's batches and the counted ones: of like lengths, or at random."""
-    count = options.warm + options.steps
-    multiple = DataSettings(Corpus.demo).pad_multiple if grouped else 1
-    if options.rows:
-        rows = EncodedRows(read_rows(options.rows, VOCABULARY), 512, multiple=multiple)
-    else:
-        rng = random.Random(0)
-        rows = EncodedRows(random_rows(rng, max(4000, count * options.batch)), 512, multiple=multiple)
-    bucket = 100 if grouped else 0
-    order = LengthBuckets(rows.lengths, options.batch, shuffle=True, seed=seed, bucket=bucket)
-    for numbers, _ in zip(order, range(count), strict=False):
-        yield rows[numbers]
-
-
-def random_rows(rng: random.Random, count: int) -> Iterator[Row]:
-    """Random tokens in rows as long as those of E2E's train split: mean, spread, limits and correlation."""
-    for _ in range(count):
-        context = min(max(round(rng.gauss(28.5, 6.7)), 13), 44)
-        completion = min(max(round(24.8 + 0.82 * (context - 28.5) + rng.gauss(0, 5.7)), 2), 77)
-        yield Row(*([rng.randrange(VOCABULARY) for _ in range(n)] for n in (context, completion)))
-
-
-Measured = tuple[float, float, int, float]
-"""Seconds, last loss, rows, and floating-point operations that the rows need."""
-
-
-def bare_loop(
-    options: argparse.Namespace, loss_of: Callable[[Batch], Tensor], parameters: list[Any], grouped: bool
-) -> Measured:
-    """Forward, backward and AdamW over the batches."""
-    optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01, fused=True)
-    start, rows, operations = 0.0, 0, 0.0
-    loss = torch.zeros(())
-    for number, batch in enumerate(batches(options, grouped=grouped)):
-        if number == options.warm:
-            synchronize(options.device)
-            start = time.perf_counter()
-        moved = Batch(*(part.to(options.device) if isinstance(part, Tensor) else part for part in batch))
-        loss = loss_of(moved)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if number >= options.warm:
-            rows += len(batch.rows)
-            operations += needed(options.model, batch)
-    synchronize(options.device)
-    return time.perf_counter() - start, loss.item(), rows, operations
-
-
-def ours(options: argparse.Namespace, dtype: torch.dtype, compiled: bool = False) -> Measured:
-    model = our_model(options, dtype)
-    model.pack()
-    keep_freed()
-    if compiled:
-        model.compile_blocks()
-
-    def loss_of(batch: Batch) -> Tensor:
-        return model.completion_loss(batch.input_ids, batch.labels, batch.mask, SMOOTHING)
-
-    return bare_loop(options, loss_of, [p for p in model.parameters() if p.requires_grad], grouped=True)
-
-
-def lightning(options: argparse.Namespace, dtype: torch.dtype, compiled: bool = False) -> Measured:
-    """The same steps by lightning.Trainer with our module, the CSV logger and the progress report."""
-    from lightning import Callback, Trainer
-    from lightning.pytorch.loggers import CSVLogger
-
-    from lora_gpt2.training.callbacks import Progress
-    from lora_gpt2.training.config import OptimizerSettings
-    from lora_gpt2.training.module import LanguageModeling
-
-    class Clock(Callback):
-        start = end = loss = 0.0
-
-        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == options.warm:
-                synchronize(options.device)
-                self.start = time.perf_counter()
-
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            synchronize(options.device)
-            self.end, self.loss = time.perf_counter(), float(trainer.callback_metrics["train/loss"])
-
-    given = list(batches(options, grouped=True))
-    clock = Clock()
-    model = our_model(options, torch.float32)
-    module = LanguageModeling(model, OptimizerSettings(), SMOOTHING, dtype=dtype, compiled=compiled)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="cpu" if options.device == "cpu" else "gpu",
-            devices=1,
-            max_epochs=1,
-            logger=CSVLogger(folder, name="", version=""),
-            callbacks=[clock, Progress()],
-            log_every_n_steps=10,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, torch.utils.data.DataLoader(given, batch_size=None))  # type: ignore[arg-type]
-    counted = given[options.warm :]
-    operations = sum(needed(options.model, batch) for batch in counted)
-    return clock.end - clock.start, clock.loss, sum(len(batch.rows) for batch in counted), operations
-
-
-def lightning_compiled(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
-    return lightning(options, dtype, compiled=True)
-
-
-def four_adapters(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
-    """Ranks 1, 2, 4 and 8 side by side over one base, a batch for each; all their rows count."""
-    from lora_gpt2.model.side_by_side import SideBySide
-
-    models = [our_model(options, dtype, rank) for rank in (1, 2, 4, 8)]
-    together = SideBySide(models)
-    models[0].pack()
-    together.share()
-    keep_freed()
-    given = [list(batches(options, grouped=True, seed=seed)) for seed in range(len(models))]
-    optimizer = torch.optim.AdamW(
-        [p for model in models for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True
-    )
-    start, rows, operations = 0.0, 0, 0.0
-    losses = [torch.zeros(())]
-    for number, several in enumerate(zip(*given, strict=True)):
-        if number == options.warm:
-            synchronize(options.device)
-            start = time.perf_counter()
-        moved = [tuple(part.to(options.device) for part in batch[:3]) for batch in several]
-        losses = together.losses(moved, [SMOOTHING] * len(models))
-        torch.stack(losses).sum().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if number >= options.warm:
-            rows += sum(len(batch.rows) for batch in several)
-            operations += sum(needed(options.model, batch) for batch in several)
-    synchronize(options.device)
-    return time.perf_counter() - start, losses[2].item(), rows, operations
-
-
-def our_model(options: argparse.Namespace, dtype: torch.dtype, rank: int | None = None) -> Any:
-    from lora_gpt2.model.config import GPT2Config
-    from lora_gpt2.model.language_model import GPT2LMModel
-
-    lora: dict[str, Any] = {
-        "lora_attn_dim": rank or options.rank,
-        "lora_attn_alpha": 32,
-        "lora_dropout": options.dropout,
-    }
-    model = GPT2LMModel(GPT2Config(**SIZES[options.model], **lora)).to(options.device).train()
-    model.train_only_lora(dtype)
-    return model
-
-
-def peft(
-    options: argparse.Namespace, dtype: torch.dtype, grouped: bool = False, compiled: bool = False
-) -> Measured:
-    from peft import LoraConfig, get_peft_model
-    from torch.nn import functional as F
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    zero = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    base = GPT2LMHeadModel(GPT2Config(**SIZES[options.model], **zero)).to(options.device, dtype)
-    lora = LoraConfig(
-        r=options.rank,
-        lora_alpha=32,
-        lora_dropout=options.dropout,
-        target_modules=["c_attn"],
-        fan_in_fan_out=True,
-        task_type="CAUSAL_LM",
-    )
-    model: Any = get_peft_model(base, lora).train()
-    if compiled:
-        model = torch.compile(model, dynamic=True)
-
-    def loss_of(batch: Batch) -> Tensor:
-        real = torch.zeros_like(batch.mask)
-        for row, length in enumerate(batch.mask.int().flip(1).argmax(1).tolist()):
-            real[row, : batch.mask.size(1) - length] = True
-        logits = model(input_ids=batch.input_ids, attention_mask=real.long(), use_cache=False).logits
-        labels = batch.labels.masked_fill(~batch.mask, -100)
-        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), label_smoothing=SMOOTHING)
-
-    return bare_loop(options, loss_of, [p for p in model.parameters() if p.requires_grad], grouped)
-
-
-def ours_compiled(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
-    return ours(options, dtype, compiled=True)
-
-
-def peft_grouped(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
-    return peft(options, dtype, grouped=True)
-
-
-def peft_compiled(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
-    return peft(options, dtype, compiled=True)
-
-
-PROGRAMS: dict[str, Callable[..., Measured]] = {
-    "ours": ours,
-    "ours-compiled": ours_compiled,
-    "lightning": lightning,
-    "lightning-compiled": lightning_compiled,
-    "four-adapters": four_adapters,
-    "peft": peft,
-    "peft-grouped": peft_grouped,
-    "peft-compiled": peft_compiled,
-}
-
-
-def needed(model: str, batch: Batch) -> float:
-    """Operations of the products that a step needs: forward, and backward to activations alone.
-
-    Padding is left out, attention is causal, and the head is computed on the targets.
-    """
-    size, layers = SIZES[model]["n_embd"], SIZES[model]["n_layer"]
-    lengths = batch.tokens / len(batch.rows)
-    linear = 24 * size**2 * batch.tokens
-    attention = 2 * 2 * size * batch.tokens * lengths / 2
-    head = 2 * size * VOCABULARY * int(batch.mask.sum())
-    return 2 * (layers * (linear + attention) + head) + layers * attention
-
-
-def products(dtype: str, device: str) -> float:
-    """The most operations per second of a large matrix product, of several ways to ask for it."""
-    size = 2048 if device == "cpu" else 8192
-    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    ways: list[Callable[[], Any]] = [lambda: a @ b, lambda: torch.nn.functional.linear(a, b)]
-    if device == "cpu":
-        packed = torch.ops.mkldnn._reorder_linear_weight(b, size)
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
-    best = float("inf")
-    for way in ways:
-        for _ in range(10):
-            synchronize(device)
-            start = time.perf_counter()
-            way()
-            synchronize(device)
-            best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+    print(json.dumps({**found, "peak_gb": peak_memory(options.device)}))
 
 
 def report(

@@ -19,19 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cards import SIZES
 from decoding_growth import draw
-from machine import machine
+from machine import machine, peak_memory, synchronize
 
-from lora_gpt2.memory import forget_most_resident, keep_freed, most_resident
+from lora_gpt2.memory import forget_most_resident, keep_freed
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 
-SIZES = {
-    "gpt2.mini": (256, 6, 8),
-    "gpt2.sm": (768, 12, 12),
-    "gpt2.md": (1024, 24, 16),
-    "gpt2.lg": (1280, 36, 20),
-}
 AXES: dict[str, list[Any]] = {
     "rank": [1, 4, 16, 64, 256],
     "tokens": [32, 64, 128, 256, 512, 1024],
@@ -99,21 +94,19 @@ def measure(
         trained.completion_loss(ids, ids, mask, 0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if options.device != "cpu":
-            torch.cuda.synchronize()
+        synchronize(options.device)
         seconds.append(time.perf_counter() - start)
     step = statistics.median(seconds[2:])
-    peak = most_resident() if options.device == "cpu" else torch.cuda.max_memory_allocated()
-    return {"tokens_per_second": batch * tokens / step, "seconds": step, "peak_gb": peak / 1e9}
+    peak = peak_memory(options.device)
+    return {"tokens_per_second": batch * tokens / step, "seconds": step, "peak_gb": peak}
 
 
 def build(options: argparse.Namespace, model: str, rank: int) -> GPT2LMModel:
     torch.manual_seed(0)
-    width, layers, heads = SIZES[model]
-    config = GPT2Config(n_embd=width, n_layer=layers, n_head=heads, lora_attn_dim=rank, lora_attn_alpha=32)
+    config = GPT2Config(**SIZES[model], lora_attn_dim=rank, lora_attn_alpha=32)
     trained = GPT2LMModel(config).to(options.device).train()
     trained.train_only_lora(getattr(torch, options.dtype))
-    trained.pack()
+    trained.prepack()
     keep_freed()
     return trained
 

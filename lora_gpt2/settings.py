@@ -22,14 +22,14 @@ from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import LoraBias
 from lora_gpt2.model.settings import LoraSettings, ModelSettings, Precision
-from lora_gpt2.training.config import OptimizerSettings, Schedule
+from lora_gpt2.training.config import OptimizerSettings, Schedule, listed
 
 S = TypeVar("S")
 
 TOGETHER = {"lora.rank": int, "lora.alpha": float, "lora.dropout": float, "optimizer.lr": float, "seed": int}
 """Settings of training that may be lists, a value for each of several adapters over one base."""
 
-PLAIN = (None, "32-true", "32", 32)
+FULL_PRECISION = (None, "32-true", "32", 32)
 """What `trainer.precision` says where Lightning converts nothing."""
 
 
@@ -80,7 +80,7 @@ class TrainSettings:
         if self.precision is not Precision.float32 and not self.lora.rank:
             what = "precision is of the frozen base under LoRA, lora.rank is 0"
             raise ValueError(f"{what}: set lora.rank, or trainer.precision=bf16-mixed")
-        if self.precision is not Precision.float32 and self.trainer.get("precision") not in PLAIN:
+        if self.precision is not Precision.float32 and self.trainer.get("precision") not in FULL_PRECISION:
             what = f"trainer.precision {self.trainer['precision']} does not go with precision"
             raise ValueError(f"{what} {self.precision.value}: leave one of them out")
         if not 0 <= self.label_smoothing < 1:
@@ -107,21 +107,8 @@ class TrainSettings:
         if len(set(map(len, lists.values()))) > 1 or not all(lists.values()):
             lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
             raise ValueError(f"lists for several adapters need one length, here: {lengths}")
-        wrong: dict[str, bool] = {
-            "lora.rank must be above 0 for each of": any(not rank for rank in _listed(self.lora.rank)),
-            "lora.dora cannot be had with": self.lora.dora,
-            "lora.bias must be none with": self.lora.bias is not LoraBias.none,
-            "model.dropout must be 0 with": self.model.dropout > 0,
-            "gradient_checkpointing cannot be had with": self.gradient_checkpointing,
-            "data.pack cannot be had with": self.data.pack,
-            "optimizer.schedule=plateau cannot be had with": self.optimizer.schedule is Schedule.plateau,
-            "base must be given, as its random weights depend on the seed, for": self.base is None
-            and "seed" in lists,
-        }
-        several = len(next(iter(lists.values()))) > 1
-        for what, found in wrong.items():
-            if found and several:
-                raise ValueError(f"{what} several adapters at once")
+        if several := len(next(iter(lists.values()))) > 1:
+            self._refuse_several("seed" in lists)
         members: dict[str, TrainSettings] = {}
         for values in zip(*lists.values(), strict=True):
             chosen = dict(zip(lists, values, strict=True))
@@ -133,6 +120,22 @@ class TrainSettings:
         if len(members) < len(next(iter(lists.values()))):
             raise ValueError("two of several adapters at once are the same: leave one out")
         return members if several else {"": next(iter(members.values()))}
+
+    def _refuse_several(self, seeds: bool) -> None:
+        """Raises ValueError for what several adapters, perhaps of several `seeds`, cannot have."""
+        wrong: dict[str, bool] = {
+            "lora.rank must be above 0 for each of": any(not rank for rank in listed(self.lora.rank)),
+            "lora.dora cannot be had with": self.lora.dora,
+            "lora.bias must be none with": self.lora.bias is not LoraBias.none,
+            "model.dropout must be 0 with": self.model.dropout > 0,
+            "gradient_checkpointing cannot be had with": self.gradient_checkpointing,
+            "data.pack cannot be had with": self.data.pack,
+            "optimizer.schedule=plateau cannot be had with": self.optimizer.schedule is Schedule.plateau,
+            "base must be given, as its random weights depend on the seed, for": seeds and self.base is None,
+        }
+        for what, found in wrong.items():
+            if found:
+                raise ValueError(f"{what} several adapters at once")
 
 
 @dataclass
@@ -246,10 +249,6 @@ def _number(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1):
         return None
     return kind(value)
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _get(settings: Any, key: str) -> Any:

@@ -21,6 +21,7 @@ LAYERS = [
     {"reporting"},
     {"settings"},
     {"runs"},
+    {"costs"},
     {"experiment", "conversion", "plan"},
     {"demo"},
     {"cli"},

@@ -6,11 +6,12 @@ import psutil
 import pytest
 import torch
 
+from lora_gpt2.costs import Shape, count_step
 from lora_gpt2.errors import UserError
 from lora_gpt2.memory import LiveBytes
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import gpt2_config
-from lora_gpt2.plan import _count, _Shape, plan
+from lora_gpt2.plan import plan
 from tests.conftest import settings_of, train
 
 
@@ -36,7 +37,7 @@ def test_weights_gradients_and_adams_values_are_counted_to_the_byte():
     for overrides, share in (([], 1), (["lora=qv", "lora.rank=2"], None)):
         settings = settings_of("train", ["model.n_layer=2", "model.n_embd=32", *overrides])
         config = gpt2_config(settings.model, settings.lora, 300)
-        memory, _ = _count(config, settings, "cpu", _Shape(4, 10, 20))
+        memory, _ = count_step(config, settings, "cpu", Shape(4, 10, 20))
         model = GPT2LMModel(config)
         weights = sum(4 * p.numel() for p in model.parameters())
         trained = weights if share else 2 * 2 * 2 * (32 + 32) * 4
@@ -53,7 +54,7 @@ def test_operations_are_those_of_the_matrix_products():
     settings = settings_of("train", ["model.n_layer=2", "model.n_embd=32", "model.n_head=2"])
     config = gpt2_config(settings.model, settings.lora, 300)
     rows, tokens, targets = 4, 10, 32
-    _, flops = _count(config, settings, "cpu", _Shape(rows, tokens, targets))
+    _, flops = count_step(config, settings, "cpu", Shape(rows, tokens, targets))
     linear = 32**2 * ((12 + 3) * rows * tokens + 9 * targets)
     attention = 2 * 2 * rows * tokens * tokens * 32
     head = 32 * 300 * targets
@@ -65,7 +66,7 @@ def test_a_frozen_base_saves_a_third_of_the_operations():
     for overrides in ([], ["lora=qv", "lora.rank=1"]):
         settings = settings_of("train", ["model.n_layer=2", "model.n_embd=256", "model.n_head=2", *overrides])
         config = gpt2_config(settings.model, settings.lora, 300)
-        counts.append(_count(config, settings, "cpu", _Shape(4, 10, 20))[1])
+        counts.append(count_step(config, settings, "cpu", Shape(4, 10, 20))[1])
     assert 0.6 < counts[1] / counts[0] < 0.75
 
 
@@ -74,7 +75,7 @@ def test_a_frozen_base_saves_a_third_of_the_operations():
 def test_memory_is_counted_for_any_device_and_precision(device, precision):
     settings = settings_of("train", [f"trainer.precision={precision}", "lora=qv", "model.dropout=0.1"])
     config = gpt2_config(settings.model, settings.lora, 300)
-    memory, flops = _count(config, settings, device, _Shape(4, 10, 20))
+    memory, flops = count_step(config, settings, device, Shape(4, 10, 20))
     size = 2 if precision == "bf16-true" else 4
     weights = size * sum(p.numel() for p in GPT2LMModel(config).parameters())
     layouts = (
@@ -90,7 +91,7 @@ def test_the_estimate_is_what_tensors_really_take(batch, layers):
     """The same counter over real tensors of the same step."""
     settings = settings_of("train", [f"model.n_layer={layers}", "model.n_embd=64", "model.n_head=2"])
     config = gpt2_config(settings.model, settings.lora, 300)
-    memory, _ = _count(config, settings, "cpu", _Shape(batch, 20, 50))
+    memory, _ = count_step(config, settings, "cpu", Shape(batch, 20, 50))
     with LiveBytes() as live:
         model = GPT2LMModel(config)
         positions = torch.arange(50)

@@ -51,7 +51,8 @@ class Batch(NamedTuple):
         def laid(values: Tensor) -> Tensor:
             parts = [torch.cat([values[i, : lengths[i]] for i in members]) for members in lines]
             laid_out = pad_sequence(parts, batch_first=True)
-            return F.pad(laid_out, (0, min(-laid_out.size(1) % multiple, line - laid_out.size(1))))
+            width = laid_out.size(1)
+            return F.pad(laid_out, (0, _rounded_up(width, multiple, line) - width))
 
         positions = torch.arange(self.input_ids.size(1)).expand_as(self.input_ids)
         ids, labels, mask = laid(self.input_ids), laid(self.labels), laid(self.mask)
@@ -103,7 +104,8 @@ class EncodedRows(Dataset[Batch]):
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         index = torch.as_tensor(rows)
         starts, lengths = self.ends[index], self.lengths[index]
-        columns = torch.arange(self._width(int(lengths.max()) - 1) + 1)
+        width = _rounded_up(int(lengths.max()) - 1, self.multiple, self.seq_len - 1)
+        columns = torch.arange(width + 1)
         real = columns < lengths[:, None]  # (B, T + 1)
         places = (starts[:, None] + columns).clamp(max=len(self.tokens) - 1)
         ids = torch.where(real, self.tokens[places].long(), PAD)
@@ -114,8 +116,10 @@ class EncodedRows(Dataset[Batch]):
         batch = Batch(ids[:, :-1], ids[:, 1:], counts, index, tokens)
         return batch.packed(self.seq_len - 1, self.multiple) if self.packed else batch
 
-    def _width(self, tokens: int) -> int:
-        return min(-(-tokens // self.multiple) * self.multiple, max(tokens, self.seq_len - 1))
+
+def _rounded_up(tokens: int, multiple: int, most: int) -> int:
+    """To the next multiple, but not beyond `most`."""
+    return min(-(-tokens // multiple) * multiple, most)
 
 
 class LengthBuckets(Sampler[list[int]]):

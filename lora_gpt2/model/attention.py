@@ -13,16 +13,13 @@ _PLAIN_BELOW = 512
 """On a CPU plain matrix products beat the fused kernel for inputs shorter than this."""
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, seen: Tensor | None = None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
     """Each token reads itself and those before it: (B, H, T, D) for q, k, v alike; dropout of `p`.
 
-    Right-padded rows need no mask: padding lies behind every real token. Rows that are packed need theirs,
-    `packed_mask`.
+    Right-padded rows need no mask: padding lies behind every real token.
     """
-    if q.is_cuda or q.size(2) >= _PLAIN_BELOW:
-        return F.scaled_dot_product_attention(q, k, v, seen, dropout_p=p, is_causal=seen is None)
-    if seen is not None:
-        return attend(q, k, v, seen, p)
+    if fused_is_faster(q):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     if p == 0 and q.requires_grad:
         result: Tensor = _Causal.apply(q, k, v)  # type: ignore[no-untyped-call]
         return result
@@ -30,11 +27,9 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, p: float = 0.0, seen: Tens
     return attend(q, k, v, seen, p)
 
 
-def packed_mask(position_ids: Tensor) -> Tensor:
-    """(B, T) positions that start at 0 with each packed row -> (B, 1, T, T), true where a token reads."""
-    row = (position_ids == 0).cumsum(dim=1)
-    tokens = torch.arange(row.size(1), device=row.device)
-    return ((row[:, :, None] == row[:, None]) & (tokens[:, None] >= tokens))[:, None]
+def fused_is_faster(q: Tensor) -> bool:
+    """Whether torch's fused kernel is, for queries (B, H, T, D)."""
+    return q.is_cuda or q.size(2) >= _PLAIN_BELOW
 
 
 class _Causal(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Keys and values that attention has seen already, in two shapes: one per row, or shared by beams.
+"""What attention reads: keys and values seen already, one per row or shared by beams, and packed rows.
 
 B rows, H heads, T new tokens, S cached tokens, D head size.
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_gpt2.model.attention import attend, causal_attention
+from lora_gpt2.model.attention import attend, causal_attention, fused_is_faster
 
 
 class LayerCache(Protocol):
@@ -53,6 +53,21 @@ class RowCache:
         slots = torch.arange(self.past.size(3), device=q.device)
         seen = (slots <= self.len_past[:, None])[:, None, None]  # (B, 1, 1, S)
         return attend(q, self.past[0], self.past[1], seen, p)
+
+
+class PackedRows:
+    """No memory: several rows lie one behind another, and each reads itself alone."""
+
+    def __init__(self, position_ids: Tensor) -> None:
+        """`position_ids` (B, T) start again at 0 with each row."""
+        row = (position_ids == 0).cumsum(dim=1)
+        tokens = torch.arange(row.size(1), device=row.device)
+        self.seen = ((row[:, :, None] == row[:, None]) & (tokens[:, None] >= tokens))[:, None]  # (B, 1, T, T)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+        if fused_is_faster(q):
+            return F.scaled_dot_product_attention(q, k, v, self.seen, dropout_p=p)
+        return attend(q, k, v, self.seen, p)
 
 
 _STEP = 32

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_gpt2.model.activation import compiled_gelu
-from lora_gpt2.model.attention import packed_mask
+from lora_gpt2.model.cache import PackedRows
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import TOKEN_TABLE, canonical, check_keys, is_lora
 from lora_gpt2.model.lora import LayerNorm, MergedLinear
@@ -21,7 +21,7 @@ from lora_gpt2.model.loss import (
     row_accuracy,
     token_loss,
 )
-from lora_gpt2.model.products import Frozen
+from lora_gpt2.model.products import Prepacked
 from lora_gpt2.model.transformer import MLP, Block, GPT2Model
 
 _FEW_SHAPES = 16
@@ -40,7 +40,7 @@ class GPT2LMHead(nn.Module):
         self.decoder: nn.Module = nn.Linear(
             config.n_embd, config.padded_vocab_size, bias=False, device="meta"
         )
-        self.frozen: Frozen | None = None
+        self.prepacked: Prepacked | None = None
         self.set_embeddings_weights(model_embeddings_weights)
 
     def set_embeddings_weights(self, model_embeddings_weights: Tensor) -> None:
@@ -51,6 +51,10 @@ class GPT2LMHead(nn.Module):
         """(V, C)"""
         weight, size = cast(Tensor, self.decoder.weight), self.config.vocab_size
         return weight if len(weight) == size else weight[:size]
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, label_smooth: float = 0.0) -> Tensor:
+        """The weighted mean loss of `targets` (N,) by hidden states (N, C): see `head_loss`."""
+        return head_loss(hidden, self.weight, targets, weights, label_smooth, self.prepacked)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         return self.decoder(hidden_state)[..., : self.config.vocab_size]
@@ -106,14 +110,14 @@ class GPT2LMModel(nn.Module):
             if dtype is not None and not is_lora(name):
                 parameter.data = parameter.data.to(dtype)
 
-    def pack(self) -> None:
-        """Lays what is frozen out for training on this machine, until `unpack`: see `MergedLinear.pack`."""
+    def prepack(self) -> None:
+        """Lays frozen matrices out for training here, until `unpack`: see `MergedLinear.prepack`."""
         for module in self.modules():
             if isinstance(module, MergedLinear):
-                module.pack()
+                module.prepack()
         weight = self.lm_head.weight
-        if self.lm_head.frozen is None and Frozen.fits(weight):
-            self.lm_head.frozen = Frozen(weight)
+        if self.lm_head.prepacked is None and Prepacked.fits(weight):
+            self.lm_head.prepacked = Prepacked(weight)
 
     def compile_blocks(self) -> None:
         """Compiles what gets faster by it: on a CPU the activation, elsewhere whole blocks."""
@@ -125,7 +129,7 @@ class GPT2LMModel(nn.Module):
 
     def unpack(self) -> None:
         """Puts every weight back, bit for bit."""
-        self.lm_head.frozen = None
+        self.lm_head.prepacked = None
         for module in self.modules():
             if isinstance(module, MergedLinear):
                 module.unpack()
@@ -154,7 +158,7 @@ class GPT2LMModel(nn.Module):
             for name in [name for name in module._parameters if not is_lora(name)]:
                 setattr(module, name, getattr(theirs[place], name))
             if isinstance(module, MergedLinear | GPT2LMHead):
-                module.frozen = cast(MergedLinear | GPT2LMHead, theirs[place]).frozen
+                module.prepacked = cast(MergedLinear | GPT2LMHead, theirs[place]).prepacked
 
     def merge(self) -> None:
         for layer in self.lora_layers():
@@ -218,13 +222,12 @@ class GPT2LMModel(nn.Module):
         position_ids: Tensor | None = None,
     ) -> Tensor:
         """The mean loss of `targets` (N,) at `positions` (N,) of the flattened `input_ids` (B, T)."""
-        count = len(targets)
-        positions, targets = (F.pad(values, (0, -count % _FEW_SHAPES)) for values in (positions, targets))
-        seen = None if position_ids is None else packed_mask(position_ids)
-        hidden = self.transformer.hidden_states(input_ids, position_ids, kept=positions, seen=seen)
-        weights = (torch.arange(len(positions), device=targets.device) < count).float()
-        total = head_loss(hidden, self.lm_head.weight, targets, weights, label_smooth, self.lm_head.frozen)
-        return total / (count + 1e-4)
+        spare = 0, -len(targets) % _FEW_SHAPES
+        weights = F.pad(torch.ones(len(targets), device=targets.device), spare)
+        positions, targets = F.pad(positions, spare), F.pad(targets, spare)
+        packed = None if position_ids is None else [PackedRows(position_ids)] * self.config.n_layer
+        hidden = self.transformer.hidden_states(input_ids, position_ids, packed, kept=positions)
+        return self.lm_head.loss(hidden, targets, weights, label_smooth)
 
     def completion_report(self, input_ids: Tensor, labels: Tensor, mask: Tensor) -> CompletionReport:
         """Plain loss and accuracies of a batch, (B, T) each; `mask` is boolean."""
@@ -259,6 +262,6 @@ class GPT2LMModel(nn.Module):
 
         These are the tensors themselves, not copies.
         """
-        assert self.lm_head.frozen is None, "the base is packed: unpack() first"
+        assert self.lm_head.prepacked is None, "the base is prepacked: unpack() first"
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("lm_head.")}
         return {**weights, TOKEN_TABLE: weights[TOKEN_TABLE][: self.config.vocab_size]}

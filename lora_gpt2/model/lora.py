@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_gpt2.model.dropout import dropout
-from lora_gpt2.model.products import Frozen, linear
+from lora_gpt2.model.products import Prepacked, linear
 
 
 class Shares(Protocol):
@@ -79,9 +79,9 @@ class MergedLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._base: tuple[nn.Parameter, nn.Parameter | None] | None = None
-        self.frozen: Frozen | None = None
+        self.prepacked: Prepacked | None = None
         self.beside: Shares | None = None
-        self.layers: Sequence[MergedLinear] = ()
+        self.layers_beside: Sequence[MergedLinear] = ()
         self.lora_magnitude = self.lora_bias = None
         n = len(self.enabled)
         if n:
@@ -144,28 +144,28 @@ class MergedLinear(nn.Module):
         return self._base is not None
 
     @property
-    def packs(self) -> bool:
-        """Whether `pack` does anything: ``weight`` is frozen, nothing but products reads it, and it pays."""
+    def prepacks(self) -> bool:
+        """Whether `prepack` does anything: ``weight`` is frozen, products alone read it, and it pays."""
         read = self.lora_magnitude is not None or self.merged
-        return self.frozen is None and not read and Frozen.fits(self.weight)
+        return self.prepacked is None and not read and Prepacked.fits(self.weight)
 
-    def pack(self) -> None:
-        """Lays ``weight`` out for training on this machine, if it `packs`; it is empty until `unpack`."""
-        if self.packs:
-            self.frozen = Frozen(self._out_in(self.weight))
+    def prepack(self) -> None:
+        """Lays ``weight`` out for training on this machine, if it `prepacks`; it is empty until `unpack`."""
+        if self.prepacks:
+            self.prepacked = Prepacked(self._out_in(self.weight))
             absent = self.weight.new_full((), torch.nan).expand(self.weight.shape)
             self.weight = nn.Parameter(absent, requires_grad=False)
 
     def unpack(self) -> None:
         """Puts the values of ``weight`` back, bit for bit."""
-        if self.frozen is not None:
-            dense = self._out_in(self.frozen.dense()).contiguous()
-            self.weight, self.frozen = nn.Parameter(dense, requires_grad=False), None
+        if self.prepacked is not None:
+            dense = self._out_in(self.prepacked.dense()).contiguous()
+            self.weight, self.prepacked = nn.Parameter(dense, requires_grad=False), None
 
     def delta_weight(self) -> Tensor:
         """What the update adds to ``weight``, in its layout; zero where no projection is adapted."""
         assert not self.merged, "the base is needed, and the update is merged into it"
-        assert self.frozen is None, "the base is packed: unpack() first"
+        assert self.prepacked is None, "the base is prepacked: unpack() first"
         base = self._out_in(self.weight)
         delta = torch.zeros_like(base)
         for j, i in enumerate(self.enabled):
@@ -201,8 +201,8 @@ class MergedLinear(nn.Module):
         """(..., in) -> (..., out)"""
         if self.lora_magnitude is not None and not self.merged:
             return self._dora(x, self._out_in(self.weight))
-        if self.frozen is not None:
-            y = self.frozen.linear(x, self._whole_bias())
+        if self.prepacked is not None:
+            y = self.prepacked.linear(x, self._whole_bias())
         else:
             y = linear(x, self._out_in(self.weight), self._whole_bias())
         if self.merged or not self.enabled:
@@ -218,7 +218,7 @@ class MergedLinear(nn.Module):
             yield self, ...
             return
         for k, rows in self.beside.shares():
-            yield self.layers[k], rows
+            yield self.layers_beside[k], rows
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, r={self.r}, enabled={self.enabled}"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lora_gpt2.model.products import Frozen, linear
+from lora_gpt2.model.products import Prepacked, linear
 
 _SMOOTHING_FROM = 1e-4
 """Below this much smoothing the published implementation takes plain cross-entropy."""
@@ -30,7 +30,11 @@ def token_loss(logits: Tensor, labels: Tensor, label_smooth: float = 0.0) -> Ten
 
 def batch_loss(losses: Tensor, weights: Tensor) -> Tensor:
     """sum(weights * losses) / (sum(weights) + 1e-4), the published implementation's mean."""
-    return (losses * weights).sum() / (weights.sum() + 1e-4)
+    return (losses * weights).sum() / _whole(weights)
+
+
+def _whole(weights: Tensor) -> Tensor:
+    return weights.sum() + 1e-4
 
 
 def head_loss(
@@ -39,18 +43,18 @@ def head_loss(
     targets: Tensor,
     weights: Tensor,
     label_smooth: float = 0.0,
-    frozen: Frozen | None = None,
+    prepacked: Prepacked | None = None,
 ) -> Tensor:
-    """`token_loss` of a linear head, summed with a weight for each position, and never all logits at once.
+    """`batch_loss` of a linear head's `token_loss`, without ever holding all logits.
 
-    `hidden` (N, C), `head` (V, C), which may lie `frozen`, `targets` and `weights` (N,) -> scalar, float32.
+    `hidden` (N, C), `head` (V, C), perhaps `prepacked`, `targets` and `weights` (N,) -> scalar, float32.
     The logits of a few rows are made, turned into their losses and slopes, and forgotten: memory does not
     grow with N x V. What remains for the backward pass is one (N, C) gradient, and one of the head where it
     trains.
     """
     smooth = label_smooth if label_smooth > _SMOOTHING_FROM else 0.0
-    total: Tensor = _HeadLoss.apply(hidden, head, targets, weights, smooth, frozen)  # type: ignore[no-untyped-call]
-    return total
+    total: Tensor = _HeadLoss.apply(hidden, head, targets, weights, smooth, prepacked)  # type: ignore[no-untyped-call]
+    return total / _whole(weights)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -62,7 +66,7 @@ class _HeadLoss(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         smooth: float,
-        frozen: Frozen | None,
+        prepacked: Prepacked | None,
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         back, head_back, *_ = ctx.needs_input_grad
@@ -72,11 +76,13 @@ class _HeadLoss(torch.autograd.Function):
         for first in range(0, len(targets), step):
             rows = slice(first, first + step)
             h, weight = hidden[rows], weights[rows, None]
-            logits = linear(h, head) if frozen is None else frozen.linear(h)  # (n, V)
+            logits = linear(h, head) if prepacked is None else prepacked.linear(h)  # (n, V)
             slopes = logits if back or head_back else None
             total += (_losses(logits, targets[rows], smooth, slopes) * weights[rows]).sum()
             if grad is not None:
-                grad[rows] = (linear(logits, head.T) if frozen is None else frozen.back(logits)) * weight
+                grad[rows] = (
+                    linear(logits, head.T) if prepacked is None else prepacked.back(logits)
+                ) * weight
             if head_grad is not None:
                 head_grad += linear(logits.T, (h * weight).to(logits.dtype).T)
         ctx.save_for_backward(grad, head_grad)

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
-from lora_gpt2.model.loss import head_loss
 
 Rows = tuple[Tensor, Tensor, Tensor]
 """Input ids, labels and mask, each (B, T)."""
@@ -32,12 +31,12 @@ class SideBySide:
             if config.lora_dora or config.lora_bias != "none" or config.fix_dropout:
                 raise ValueError("models side by side have no DoRA, trained biases, or dropout of their own")
             if model.transformer.gradient_checkpointing:
-                raise ValueError("models side by side cannot check-point gradients")
+                raise ValueError("models side by side cannot have gradient_checkpointing")
         self.share()
         self._shapes: list[tuple[int, ...]] = []
         self._states: list[Tensor] = []
         for layers in zip(*(_linear_layers(model) for model in models), strict=True):
-            layers[0].beside, layers[0].layers = self, layers
+            layers[0].beside, layers[0].layers_beside = self, layers
 
     @property
     def running(self) -> bool:
@@ -64,14 +63,12 @@ class SideBySide:
         finally:
             self._shapes = []
         counts = [len(ids) for ids, _, _ in rows]
-        found, head = [], self.models[0].lm_head
+        found = []
         for part, (_, labels, mask), smooth in zip(
             torch.split(hidden, counts), padded, label_smooth, strict=True
         ):
-            targets = labels[mask]
-            weights = torch.ones_like(targets, dtype=torch.float32)
-            total = head_loss(part[mask], head.weight, targets, weights, smooth, head.frozen)
-            found.append(total / (len(targets) + 1e-4))
+            weights = torch.ones(int(mask.sum()), device=mask.device)
+            found.append(self.models[0].lm_head.loss(part[mask], labels[mask], weights, smooth))
         return found
 
     def shares(self) -> Iterator[tuple[int, tuple[slice, slice]]]:

@@ -57,17 +57,11 @@ class Attention(nn.Module):
         self.c_attn: nn.Module = linear(config, f"{name}.c_attn", config.n_embd, 3 * config.n_embd)
         self.c_proj: nn.Module = linear(config, f"{name}.c_proj", config.n_embd, config.n_embd)
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LayerCache | None = None,
-        kept: Tensor | None = None,
-        seen: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, kept: Tensor | None = None) -> Tensor:
         heads = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         p = self.dropout if self.training else 0.0
-        y = causal_attention(q, k, v, p, seen) if cache is None else cache.attend(q, k, v, p)
+        y = causal_attention(q, k, v, p) if cache is None else cache.attend(q, k, v, p)
         return self.c_proj(_kept(y.transpose(1, 2).flatten(2), kept))  # (B, T, C)
 
 
@@ -93,15 +87,9 @@ class Block(nn.Module):
         self.mlp: nn.Module = MLP(config, f"{name}.mlp")
         self.dropout = config.fix_dropout
 
-    def forward(
-        self,
-        x: Tensor,
-        cache: LayerCache | None = None,
-        kept: Tensor | None = None,
-        seen: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None, kept: Tensor | None = None) -> Tensor:
         """(B, T, C) -> (B, T, C), or (N, C) at the `kept` (N,) of the B T positions."""
-        attended = self.attn(self.ln_1(x), cache, kept, seen)
+        attended = self.attn(self.ln_1(x), cache, kept)
         x = _kept(x, kept) + dropout(attended, self.dropout, self.training)
         return x + dropout(self.mlp(self.ln_2(x)), self.dropout, self.training)
 
@@ -127,12 +115,10 @@ class GPT2Model(nn.Module):
         caches: Sequence[LayerCache] | None = None,
         token_type_ids: Tensor | None = None,
         kept: Tensor | None = None,
-        seen: Tensor | None = None,
     ) -> Tensor:
         """(B, T) -> (B, T, C), or (N, C) at the `kept` (N,) of the B T positions alone.
 
-        `position_ids` broadcasts to (B, T); default 0 .. T - 1. `seen` (B, 1, T, T) says what each token
-        reads; default: itself and all before it.
+        `position_ids` broadcasts to (B, T); default 0 .. T - 1.
         """
         if position_ids is None:
             position_ids = torch.arange(input_ids.size(1), device=input_ids.device)
@@ -142,7 +128,7 @@ class GPT2Model(nn.Module):
         x = dropout(x, self.config.fix_dropout, self.training)
         last = len(self.h) - 1
         for i, block in enumerate(self.h):
-            rest = caches[i] if caches else None, kept if i == last else None, seen
+            rest = caches[i] if caches else None, kept if i == last else None
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *rest, use_reentrant=False)
             else:

@@ -16,6 +16,11 @@ class Schedule(str, Enum):
     plateau = "plateau"
 
 
+def listed(value: Any) -> list[Any]:
+    """A setting's values, where it may be one or a list."""
+    return value if isinstance(value, list) else [value]
+
+
 @dataclass
 class OptimizerSettings:
     lr: Any = 2e-4
@@ -42,7 +47,7 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         checks = {
             "lr": (
-                all(rate > 0 for rate in (self.lr if isinstance(self.lr, list) else [self.lr])),
+                all(rate > 0 for rate in listed(self.lr)),
                 "above 0",
             ),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),

@@ -48,7 +48,7 @@ class LanguageModeling(LightningModule):
             model.train_only_lora(dtype)
 
     def on_fit_start(self) -> None:
-        self.model.pack()
+        self.model.prepack()
         keep_freed()  # only now: what building the model took is given back
         if self.compiled:
             compilers = os.environ.get("CXX", "g++"), "g++", "clang++"

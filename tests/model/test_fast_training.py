@@ -12,8 +12,8 @@ from lora_gpt2.model import loss
 from lora_gpt2.model.attention import causal_attention
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.model.loss import head_loss, token_loss
-from lora_gpt2.model.products import Frozen
+from lora_gpt2.model.loss import batch_loss, head_loss, token_loss
+from lora_gpt2.model.products import Prepacked
 
 GENERATOR = torch.Generator().manual_seed(1)
 IDS, LABELS = (torch.randint(0, 300, (5, 23), generator=GENERATOR) for _ in range(2))
@@ -89,8 +89,8 @@ def test_a_bfloat16_base_is_the_same_to_its_rounding(options):
     model.train_only_lora(torch.bfloat16)
     types = {name: p.dtype for name, p in model.named_parameters()}
     assert all((kind is torch.float32) == ("lora_" in name) for name, kind in types.items())
-    model.pack()
-    assert (model.lm_head.frozen is not None) == Frozen.fits(torch.zeros(2, 2, dtype=torch.bfloat16))
+    model.prepack()
+    assert (model.lm_head.prepacked is not None) == Prepacked.fits(torch.zeros(2, 2, dtype=torch.bfloat16))
     found, grads = fast(model)
     assert found == pytest.approx(value, rel=2e-3)
     assert furthest(grads, expected) < 0.05
@@ -101,13 +101,13 @@ def test_packing_changes_no_result_and_is_undone():
     for one in (model, other):
         one.train_only_lora(torch.bfloat16)
     before = {name: value.clone() for name, value in model.weights().items()}
-    model.pack()
-    model.pack()
+    model.prepack()
+    model.prepack()
     value, grads = fast(model)
     expected, theirs = fast(other)
     assert value == pytest.approx(expected, rel=1e-3)
     assert furthest(grads, theirs) < 0.02
-    if model.lm_head.frozen is not None:
+    if model.lm_head.prepacked is not None:
         with pytest.raises(AssertionError, match="unpack"):
             model.merge()
     model.unpack()
@@ -130,7 +130,7 @@ def test_the_heads_loss_in_parts_is_the_whole_one(monkeypatch, smooth):
     monkeypatch.setattr(loss, "_ROWS", 2)
     hidden, head = torch.randn(17, 8, requires_grad=True), torch.randn(29, 8, requires_grad=True)
     targets, weights = torch.randint(0, 29, (17,)), torch.rand(17)
-    expected = (token_loss(hidden @ head.T, targets, smooth) * weights).sum() * 3
+    expected = batch_loss(token_loss(hidden @ head.T, targets, smooth), weights) * 3
     theirs = torch.autograd.grad(expected, (hidden, head))
     found = head_loss(hidden, head, targets, weights, smooth) * 3
     torch.testing.assert_close(found, expected)
@@ -209,7 +209,7 @@ def test_autocast_is_the_same_to_its_rounding(options):
 def test_a_batch_without_targets_costs_nothing_and_breaks_nothing(dtype):
     model = build()
     model.train_only_lora(dtype)
-    model.pack()
+    model.prepack()
     report = model.completion_report(IDS, LABELS, torch.zeros_like(MASK))
     assert (report.loss_sum, report.tokens) == (0, 0)
     value = model.completion_loss(IDS, LABELS, torch.zeros_like(MASK), 0.1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lora_gpt2.model.products import Frozen, linear
+from lora_gpt2.model.products import Prepacked, linear
 
 
 def given(layout: str, shape=(2, 3, 5), out=7) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -30,11 +30,11 @@ def test_product_and_gradients_are_torchs(layout, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_frozen_matrix_multiplies_and_comes_back(dtype):
     weight = torch.randn(48, 33).to(dtype)
-    frozen = Frozen(weight)
-    assert torch.equal(frozen.dense(), weight)
+    prepacked = Prepacked(weight)
+    assert torch.equal(prepacked.dense(), weight)
     x = torch.randn(2, 9, 33).to(dtype).requires_grad_()
     bias = torch.randn(48).to(dtype).requires_grad_()
-    y = frozen.linear(x, bias)
+    y = prepacked.linear(x, bias)
     torch.testing.assert_close(y, F.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
     grad = torch.randn_like(y)
     y.backward(grad)

@@ -13,7 +13,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.adapter import describe_adapter
 from lora_gpt2.weights.store import base_hash, read_weights
-from tests.conftest import TINY, train
+from tests.conftest import train
 
 DIVERGING = ["optimizer.lr=3", "optimizer.warmup_steps=12", "optimizer.schedule=constant"]
 
@@ -26,14 +26,6 @@ def metrics(folder: Path, name: str) -> list[float]:
 def checkpoint(folder: Path, name: str) -> dict:
     (path,) = (folder / "checkpoints").glob(f"{name}*.ckpt")
     return torch.load(path, weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_corpus) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    train(folder, *TINY, "data=jsonl", f"data.root={tiny_corpus}", "data.tokenizer=corpus:280",
-          "trainer.max_epochs=1")  # fmt: skip
-    return folder
 
 
 def test_with_lora_only_its_matrices_train_and_every_b_moves(tmp_path, tiny, base):
@@ -202,3 +194,9 @@ def test_compiled_training_gives_the_same_losses(tmp_path, tiny, base):
         train(tmp_path / compiled, *arguments, f"compile={compiled}")
     plain, compiled = (metrics(tmp_path / name, "valid/loss") for name in ("false", "true"))
     assert plain == pytest.approx(compiled, rel=1e-5)
+
+
+def test_a_missing_compiler_is_named(tmp_path, tiny, base, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"compile: needs a C\+\+ compiler"):
+        train(tmp_path, *tiny, "lora=qv", f"base={base}", "compile=true")

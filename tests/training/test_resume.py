@@ -34,12 +34,15 @@ def losses(folder: Path) -> dict[int, float]:
         return {int(r["step"]): float(r["train/loss"]) for r in csv.DictReader(file) if r["train/loss"]}
 
 
+KINDS: list[list[str]] = [[], ["lora=qv", "lora.dropout=0.3"]]
+EXTRAS: list[list[str]] = [[], ["trainer.max_steps=16"], ["trainer.accumulate_grad_batches=2"]]
+
+
 @pytest.mark.parametrize(
-    "lora",
-    [[], ["lora=qv", "lora.dropout=0.3"], ["lora=qv", "precision=bfloat16"]],
-    ids=["whole model", "adapter", "bfloat16"],
+    ("lora", "extra"),
+    [(lora, extra) for lora in KINDS for extra in EXTRAS] + [(["lora=qv", "precision=bfloat16"], [])],
+    ids=str,
 )
-@pytest.mark.parametrize("extra", [[], ["trainer.max_steps=16"], ["trainer.accumulate_grad_batches=2"]])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, lora, extra):
     arguments = [*tiny, *MORE, *lora, *extra]
     whole = tmp_path / "whole"

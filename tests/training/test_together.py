@@ -12,16 +12,8 @@ from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.side_by_side import SideBySide
 from lora_gpt2.settings import ConfigError
 from lora_gpt2.weights.store import read_weights
-from tests.conftest import TINY, settings_of, train
+from tests.conftest import settings_of, train
 from tests.training.test_resume import Killed
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tiny_corpus) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    train(folder, *TINY, "data=jsonl", f"data.root={tiny_corpus}", "data.tokenizer=corpus:280",
-          "trainer.max_epochs=1")  # fmt: skip
-    return folder
 
 
 def models(**shared) -> list[GPT2LMModel]:
