@@ -20,7 +20,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.memory import LiveBytes, forget_most_resident, keep_freed, most_resident, size_of
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
-from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.language_model import GPT2LMModel, Targets
 from lora_gpt2.model.lora import MergedLinear
 from lora_gpt2.model.products import HAS_ONEDNN, Prepacked
 from lora_gpt2.settings import TrainSettings
@@ -96,7 +96,7 @@ def count_step(config: GPT2Config, settings: TrainSettings, device: str, shape: 
         with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
             with autocast():
                 places = ids if settings.data.pack else None
-                loss = model.loss_at(ids, positions, positions, settings.label_smoothing, places)
+                loss = model.loss_at(ids, Targets.at(positions, positions), settings.label_smoothing, places)
             activations = live.now + packed - weights
             torch.autograd.backward(loss)
         gradients = sum(size_of(parameter) for _, parameter in trained_parameters(model))

@@ -9,7 +9,7 @@ import torch
 from lora_gpt2.costs import Shape, count_step
 from lora_gpt2.errors import UserError
 from lora_gpt2.memory import LiveBytes
-from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.language_model import GPT2LMModel, Targets
 from lora_gpt2.model.settings import gpt2_config
 from lora_gpt2.plan import plan
 from tests.conftest import settings_of, train
@@ -95,7 +95,7 @@ def test_the_estimate_is_what_tensors_really_take(batch, layers):
     with LiveBytes() as live:
         model = GPT2LMModel(config)
         positions = torch.arange(50)
-        loss = model.loss_at(torch.zeros(batch, 20, dtype=torch.long), positions, positions)
+        loss = model.loss_at(torch.zeros(batch, 20, dtype=torch.long), Targets.at(positions, positions))
         loss.backward()
     assert memory.step - memory.optimizer == pytest.approx(live.most, rel=0.02)
 

@@ -1,4 +1,4 @@
-"""What attention reads: keys and values seen already, one per row or shared by beams, and packed rows.
+"""What attention reads: keys and values seen already, one per row or shared by beams, or rows in one line.
 
 B rows, H heads, T new tokens, S cached tokens, D head size.
 """
@@ -68,6 +68,25 @@ class PackedRows:
         if fused_is_faster(q):
             return F.scaled_dot_product_attention(q, k, v, self.seen, dropout_p=p)
         return attend(q, k, v, self.seen, p)
+
+
+class FlatBatches:
+    """No memory: batches of several widths lie one behind another in a single row of N tokens."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """`shapes`: (rows, tokens of each) of every batch."""
+        self.shapes = shapes
+        self.sizes = [math.prod(shape) for shape in shapes]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
+        """(1, H, N, D) each, and the result too."""
+        found = []
+        each = zip(self.shapes, *(torch.split(x[0], self.sizes, dim=1) for x in (q, k, v)), strict=True)
+        for shape, *batch in each:
+            one_q, one_k, one_v = (x.unflatten(1, shape).transpose(0, 1) for x in batch)  # (B, H, T, D)
+            read = causal_attention(one_q, one_k, one_v, p)
+            found.append(read.transpose(1, 2).flatten(0, 1))  # (B T, H, D)
+        return torch.cat(found).transpose(0, 1)[None]
 
 
 _STEP = 32

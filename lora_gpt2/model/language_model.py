@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,29 @@ from lora_gpt2.model.transformer import MLP, Block, GPT2Model
 
 _FEW_SHAPES = 16
 """Targets are filled up to a multiple of this: every new number of them costs a library time and memory."""
+
+
+class Targets(NamedTuple):
+    """What a batch of B T tokens is asked for, filled up to a number that comes often."""
+
+    positions: Tensor
+    """(N,) places in the flattened batch."""
+    labels: Tensor
+    """(N,) the tokens that follow there."""
+    weights: Tensor
+    """(N,) in float32, 0 for what was filled up."""
+
+    @classmethod
+    def at(cls, positions: Tensor, labels: Tensor) -> "Targets":
+        spare = 0, -len(labels) % _FEW_SHAPES
+        weights = F.pad(torch.ones(len(labels), device=labels.device), spare)
+        return cls(F.pad(positions, spare), F.pad(labels, spare), weights)
+
+    @classmethod
+    def of(cls, labels: Tensor, mask: Tensor) -> "Targets":
+        """Of `labels` (B, T) where `mask` (B, T) is true."""
+        positions = mask.flatten().nonzero().squeeze(1)
+        return cls.at(positions, labels.flatten()[positions])
 
 
 class GPT2LMHead(nn.Module):
@@ -52,9 +75,10 @@ class GPT2LMHead(nn.Module):
         weight, size = cast(Tensor, self.decoder.weight), self.config.vocab_size
         return weight if len(weight) == size else weight[:size]
 
-    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor, label_smooth: float = 0.0) -> Tensor:
-        """The weighted mean loss of `targets` (N,) by hidden states (N, C): see `head_loss`."""
-        return head_loss(hidden, self.weight, targets, weights, label_smooth, self.prepacked)
+    def loss(self, hidden: Tensor, targets: Targets, label_smooth: float = 0.0) -> Tensor:
+        """The mean loss of N `targets` by their hidden states (N, C): see `head_loss`."""
+        _, labels, weights = targets
+        return head_loss(hidden, self.weight, labels, weights, label_smooth, self.prepacked)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         return self.decoder(hidden_state)[..., : self.config.vocab_size]
@@ -210,24 +234,19 @@ class GPT2LMModel(nn.Module):
 
         `position_ids` (B, T) are given where rows are packed, and start again at 0 with each.
         """
-        positions = mask.flatten().nonzero().squeeze(1)
-        return self.loss_at(input_ids, positions, labels.flatten()[positions], label_smooth, position_ids)
+        return self.loss_at(input_ids, Targets.of(labels, mask), label_smooth, position_ids)
 
     def loss_at(
         self,
         input_ids: Tensor,
-        positions: Tensor,
-        targets: Tensor,
+        targets: Targets,
         label_smooth: float = 0.0,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """The mean loss of `targets` (N,) at `positions` (N,) of the flattened `input_ids` (B, T)."""
-        spare = 0, -len(targets) % _FEW_SHAPES
-        weights = F.pad(torch.ones(len(targets), device=targets.device), spare)
-        positions, targets = F.pad(positions, spare), F.pad(targets, spare)
+        """The mean loss of `targets` after `input_ids` (B, T)."""
         packed = None if position_ids is None else [PackedRows(position_ids)] * self.config.n_layer
-        hidden = self.transformer.hidden_states(input_ids, position_ids, packed, kept=positions)
-        return self.lm_head.loss(hidden, targets, weights, label_smooth)
+        hidden = self.transformer.hidden_states(input_ids, position_ids, packed, kept=targets.positions)
+        return self.lm_head.loss(hidden, targets, label_smooth)
 
     def completion_report(self, input_ids: Tensor, labels: Tensor, mask: Tensor) -> CompletionReport:
         """Plain loss and accuracies of a batch, (B, T) each; `mask` is boolean."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,13 @@ from lora_gpt2.model.dropout import dropout
 from lora_gpt2.model.products import Prepacked, linear
 
 
-class Shares(Protocol):
-    """Which rows of a batch belong to which of several models over one base: see `side_by_side`."""
+class Beside(Protocol):
+    """Several models over one base whose tokens run through it together: see `side_by_side`."""
 
     running: bool
 
-    def shares(self) -> Iterator[tuple[int, tuple[slice, slice]]]: ...
+    def parts(self, x: Tensor) -> Iterator[Tensor]:
+        """Each model's part of x (..., N, in) along N."""
 
 
 class MergedLinear(nn.Module):
@@ -80,7 +81,7 @@ class MergedLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self._base: tuple[nn.Parameter, nn.Parameter | None] | None = None
         self.prepacked: Prepacked | None = None
-        self.beside: Shares | None = None
+        self.beside: Beside | None = None
         self.layers_beside: Sequence[MergedLinear] = ()
         self.lora_magnitude = self.lora_bias = None
         n = len(self.enabled)
@@ -207,18 +208,17 @@ class MergedLinear(nn.Module):
             y = linear(x, self._out_in(self.weight), self._whole_bias())
         if self.merged or not self.enabled:
             return y
-        for layer, rows in self._shares():
-            for i, update in layer._updates(x[rows]):
-                y[rows].narrow(-1, i * self.part, self.part).add_(update)
+        for i, update in zip(self.enabled, self._updates_beside(x), strict=True):
+            y.narrow(-1, i * self.part, self.part).add_(update)
         return y
 
-    def _shares(self) -> Iterator[tuple["MergedLinear", Any]]:
-        """The layers whose updates act, and on which rows: on all, unless several stand side by side."""
+    def _updates_beside(self, x: Tensor) -> list[Tensor]:
+        """`_updates`, of each model's own layer on its part where several stand side by side."""
         if self.beside is None or not self.beside.running:
-            yield self, ...
-            return
-        for k, rows in self.beside.shares():
-            yield self.layers_beside[k], rows
+            return self._updates(x)
+        each = zip(self.layers_beside, self.beside.parts(x), strict=True)
+        found = [layer._updates(part) for layer, part in each]
+        return [torch.cat(parts, dim=-2) for parts in zip(*found, strict=True)]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, r={self.r}, enabled={self.enabled}"
@@ -226,9 +226,8 @@ class MergedLinear(nn.Module):
     def _dora(self, x: Tensor, weight: Tensor) -> Tensor:
         assert self.lora_magnitude is not None
         y = linear(x, weight)
-        for (i, update), magnitude in zip(
-            self._updates(x), self.lora_magnitude.chunk(len(self.enabled)), strict=True
-        ):
+        magnitudes = self.lora_magnitude.chunk(len(self.enabled))
+        for i, update, magnitude in zip(self.enabled, self._updates(x), magnitudes, strict=True):
             with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
                 whole = weight[self._rows(i)] + self._low_rank(self.enabled.index(i))
                 whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
@@ -238,8 +237,8 @@ class MergedLinear(nn.Module):
         bias = self._whole_bias()
         return y if bias is None else (y + bias).to(y.dtype)
 
-    def _updates(self, x: Tensor) -> list[tuple[int, Tensor]]:
-        """(projection, what it adds (..., out / P)) of each enabled one."""
+    def _updates(self, x: Tensor) -> list[Tensor]:
+        """What each enabled projection adds, (..., out / P)."""
         n = len(self.enabled)
         x = dropout(x, self.lora_dropout, self.training)
         updates: list[Tensor] = []
@@ -249,7 +248,7 @@ class MergedLinear(nn.Module):
             pairs = zip(low.chunk(n, dim=-1), b.chunk(n), strict=True)
             parts = [F.linear(low_i, b_i.to(low_i.dtype)) for low_i, b_i in pairs]
             updates = [u + part for u, part in zip(updates, parts, strict=True)] if updates else parts
-        return list(zip(self.enabled, updates, strict=True))
+        return updates
 
     def _factors(self) -> list[tuple[Tensor, Tensor]]:
         """(A, B) pairs, stacked, whose products add up to the update.

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.cache import FlatBatches
+from lora_gpt2.model.language_model import GPT2LMModel, Targets
 from lora_gpt2.model.lora import MergedLinear
 
 Rows = tuple[Tensor, Tensor, Tensor]
@@ -19,7 +20,7 @@ class SideBySide:
     """N models that differ in rank, scaling, dropout and values of their updates alone.
 
     They share the base of the first. Each model can still be run alone; `losses` runs all at once, each on
-    rows of its own, and each layer's updates on their model's rows. Dropout draws from a stream for each
+    rows of its own, and each layer's updates on their model's tokens. Dropout draws from a stream for each
     model, so that none notices the others.
     """
 
@@ -33,7 +34,7 @@ class SideBySide:
             if model.transformer.gradient_checkpointing:
                 raise ValueError("models side by side cannot have gradient_checkpointing")
         self.share()
-        self._shapes: list[tuple[int, ...]] = []
+        self._sizes: tuple[list[int], ...] = ()
         self._states: list[Tensor] = []
         for layers in zip(*(_linear_layers(model) for model in models), strict=True):
             layers[0].beside, layers[0].layers_beside = self, layers
@@ -41,7 +42,7 @@ class SideBySide:
     @property
     def running(self) -> bool:
         """Whether a batch of `losses` is on its way through the blocks."""
-        return bool(self._shapes)
+        return bool(self._sizes)
 
     def share(self) -> None:
         """Gives all models the first one's base as it lies now."""
@@ -54,30 +55,32 @@ class SideBySide:
 
     def losses(self, rows: Sequence[Rows], label_smooth: Sequence[float]) -> list[Tensor]:
         """What `GPT2LMModel.completion_loss` of each model gives for its rows."""
-        width = max(ids.size(1) for ids, _, _ in rows)
-        padded = [[F.pad(part, (0, width - part.size(1))) for part in parts] for parts in rows]
-        self._shapes = [tuple(ids.shape) for ids, _, _ in rows]
+        targets = [Targets.of(labels, mask) for _, labels, mask in rows]
+        batches = FlatBatches([(len(ids), ids.size(1)) for ids, _, _ in rows])
+        starts = [0, *accumulate(batches.sizes)]
+        kept = [start + target.positions for start, target in zip(starts, targets, strict=False)]
+        asked = [len(target.labels) for target in targets]
+        ids = torch.cat([ids.flatten() for ids, _, _ in rows])[None]  # (1, N)
+        places = torch.cat([torch.arange(t, device=ids.device).repeat(b) for b, t in batches.shapes])
+        transformer, head = self.models[0].transformer, self.models[0].lm_head
+        self._sizes = asked, batches.sizes
         try:
-            transformer = self.models[0].transformer
-            hidden = transformer.hidden_states(torch.cat([ids for ids, _, _ in padded]))  # (sum of B, T, C)
+            hidden = transformer.hidden_states(
+                ids, places, [batches] * len(transformer.h), kept=torch.cat(kept)
+            )
         finally:
-            self._shapes = []
-        counts = [len(ids) for ids, _, _ in rows]
-        found = []
-        for part, (_, labels, mask), smooth in zip(
-            torch.split(hidden, counts), padded, label_smooth, strict=True
-        ):
-            weights = torch.ones(int(mask.sum()), device=mask.device)
-            found.append(self.models[0].lm_head.loss(part[mask], labels[mask], weights, smooth))
-        return found
+            self._sizes = ()
+        parts = torch.split(hidden, asked)
+        return [
+            head.loss(part, target, smooth)
+            for part, target, smooth in zip(parts, targets, label_smooth, strict=True)
+        ]
 
-    def shares(self) -> Iterator[tuple[int, tuple[slice, slice]]]:
-        """Each model's number, and its rows and their own width within the batch that is running."""
-        start = 0
-        for k, (count, width) in enumerate(self._shapes):
+    def parts(self, x: Tensor) -> Iterator[Tensor]:
+        """Each model's part of x along N: (1, N, in) of all tokens, or (N, in) of those with a loss."""
+        for k, part in enumerate(torch.split(x, self._sizes[x.dim() - 2], dim=-2)):
             with self._turn(k):
-                yield k, (slice(start, start + count), slice(width))
-            start += count
+                yield part
 
     @contextmanager
     def _turn(self, k: int) -> Iterator[None]:
