@@ -26,6 +26,7 @@ from machine import machine, peak_memory, synchronize
 from lora_gpt2.memory import forget_most_resident, keep_freed
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.parts import loss_in_parts
 
 AXES: dict[str, list[Any]] = {
     "rank": [1, 4, 16, 64, 256],
@@ -64,14 +65,18 @@ def main() -> None:
                 flush=True,
             )
     if options.output:
-        options.output.mkdir(parents=True, exist_ok=True)
-        about = {"dtype": options.dtype, "repeats": options.repeats, **machine()}
-        (options.output / "growth.json").write_text(json.dumps({**about, "runs": found}, indent=2) + "\n")
+        keep(options, "growth.json", found)
         speeds = {
             axis: {value: point["tokens_per_second"] for value, point in points.items()}
             for axis, points in found.items()
         }
         draw(speeds, options.output / "growth.svg", "tokens per second")
+
+
+def keep(options: argparse.Namespace, name: str, found: dict[str, Any]) -> None:
+    options.output.mkdir(parents=True, exist_ok=True)
+    about = {"dtype": options.dtype, "repeats": options.repeats, **machine(), "runs": found}
+    (options.output / name).write_text(json.dumps(about, indent=2) + "\n")
 
 
 def measure(
@@ -91,7 +96,7 @@ def measure(
     seconds = []
     for _ in range(options.repeats + 2):
         start = time.perf_counter()
-        trained.completion_loss(ids, ids, mask, 0.1).backward()
+        loss_in_parts(trained, (ids, ids, mask), 0.1).backward()
         optimizer.step()
         optimizer.zero_grad()
         synchronize(options.device)
@@ -114,6 +119,7 @@ def build(options: argparse.Namespace, model: str, rank: int) -> GPT2LMModel:
 def scaling(options: argparse.Namespace) -> None:
     """Rows per second of one process with one thread, and of several with one each; and of one with all."""
     count = options.processes
+    found = {}
     for processes, threads in ((1, 1), (1, count), (count, 1)):
         commands = [
             [sys.executable, __file__, *sys.argv[1:], "--rank-of", str(rank), str(processes)]
@@ -125,7 +131,11 @@ def scaling(options: argparse.Namespace) -> None:
             for command in commands
         ]
         seconds = [float(process.communicate()[0].splitlines()[-1]) for process in running]
-        print(f"{processes} x {threads} threads: {8 * processes / max(seconds):.2f} rows/s of 64 tokens")
+        name, speed = f"{processes} processes, {threads} threads each", 8 * processes / max(seconds)
+        print(f"{name}: {speed:.2f} rows/s of 64 tokens", flush=True)
+        found[name] = {"rows_per_second": speed}
+    if options.output:
+        keep(options, "scaling.json", found)
 
 
 def one_of(options: argparse.Namespace, rank: int, processes: int) -> None:
@@ -161,7 +171,7 @@ class Loss(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         mask = (torch.arange(ids.size(1)) >= ids.size(1) // 2).expand_as(ids)
-        return self.model.completion_loss(ids, ids, mask, 0.1)
+        return loss_in_parts(self.model, (ids, ids, mask), 0.1)
 
 
 if __name__ == "__main__":

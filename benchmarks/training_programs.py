@@ -16,6 +16,7 @@ from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
 from lora_gpt2.data.config import Corpus, DataSettings
 from lora_gpt2.data.jsonl import Row, read_rows
 from lora_gpt2.memory import keep_freed
+from lora_gpt2.model.parts import Rows, loss_in_parts
 
 SMOOTHING = 0.1
 VOCABULARY = 50257
@@ -49,7 +50,7 @@ Measured = tuple[float, float, int, float]
 
 
 def bare_loop(
-    options: argparse.Namespace, loss_of: Callable[[Batch], Tensor], parameters: list[Any], grouped: bool
+    options: argparse.Namespace, loss_of: Callable[[Rows], Tensor], parameters: list[Any], grouped: bool
 ) -> Measured:
     """Forward, backward and AdamW over the batches."""
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01, fused=True)
@@ -59,8 +60,7 @@ def bare_loop(
         if number == options.warm:
             synchronize(options.device)
             start = time.perf_counter()
-        moved = Batch(*(part.to(options.device) if isinstance(part, Tensor) else part for part in batch))
-        loss = loss_of(moved)
+        loss = loss_of(tuple(one.to(options.device) for one in batch.tensors))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -78,8 +78,8 @@ def ours(options: argparse.Namespace, dtype: torch.dtype, compiled: bool = False
     if compiled:
         model.compile_blocks()
 
-    def loss_of(batch: Batch) -> Tensor:
-        return model.completion_loss(batch.input_ids, batch.labels, batch.mask, SMOOTHING)
+    def loss_of(rows: Rows) -> Tensor:
+        return loss_in_parts(model, rows, SMOOTHING)
 
     return bare_loop(options, loss_of, [p for p in model.parameters() if p.requires_grad], grouped=True)
 
@@ -145,14 +145,14 @@ def four_adapters(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
         [p for model in models for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True
     )
     start, rows, operations = 0.0, 0, 0.0
-    losses = [torch.zeros(())]
+    losses = torch.zeros(len(models))
     for number, several in enumerate(zip(*given, strict=True)):
         if number == options.warm:
             synchronize(options.device)
             start = time.perf_counter()
-        moved = [tuple(part.to(options.device) for part in batch[:3]) for batch in several]
-        losses = together.losses(moved, [SMOOTHING] * len(models))
-        torch.stack(losses).sum().backward()
+        moved = [tuple(one.to(options.device) for one in batch.tensors) for batch in several]
+        loss, losses = together.loss(moved, [SMOOTHING] * len(models))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         if number >= options.warm:
@@ -197,10 +197,11 @@ def peft(
     if compiled:
         model = torch.compile(model, dynamic=True)
 
-    def loss_of(batch: Batch) -> Tensor:
-        real = batch.mask.flip(1).cumsum(1).flip(1) > 0  # a row ends with a target
-        logits = model(input_ids=batch.input_ids, attention_mask=real.long(), use_cache=False).logits
-        labels = batch.labels.masked_fill(~batch.mask, -100)
+    def loss_of(rows: Rows) -> Tensor:
+        ids, labels, mask = rows
+        real = mask.flip(1).cumsum(1).flip(1) > 0  # a row ends with a target
+        logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits
+        labels = labels.masked_fill(~mask, -100)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), label_smoothing=SMOOTHING)
 
     return bare_loop(options, loss_of, [p for p in model.parameters() if p.requires_grad], grouped)

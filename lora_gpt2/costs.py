@@ -22,6 +22,7 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel, Targets
 from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.model.parts import loss_in_parts, part_count
 from lora_gpt2.model.products import HAS_ONEDNN, Prepacked
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.training.optimization import build_optimizer
@@ -91,8 +92,9 @@ def count_step(config: GPT2Config, settings: TrainSettings, device: str, shape: 
         model, autocast = _built(config, settings, there)
         packed = _prepacked_bytes(model) if device == "cpu" else 0
         weights = live.now + packed
-        ids = torch.zeros(shape.rows, shape.tokens, dtype=torch.long)
-        positions = torch.zeros(shape.targets, dtype=torch.long)
+        parts = part_count(model, shape.rows, shape.tokens) if device == "cpu" else 1
+        ids = torch.zeros(-(-shape.rows // parts), shape.tokens, dtype=torch.long)
+        positions = torch.zeros(-(-shape.targets // parts), dtype=torch.long)
         with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
             with autocast():
                 places = ids if settings.data.pack else None
@@ -101,8 +103,9 @@ def count_step(config: GPT2Config, settings: TrainSettings, device: str, shape: 
             torch.autograd.backward(loss)
         gradients = sum(size_of(parameter) for _, parameter in trained_parameters(model))
     optimizer = ADAM_STATES * gradients
-    memory = Memory(weights, gradients, optimizer, activations, live.most + packed + optimizer, 0)
-    return memory, counter.get_total_flops()
+    step = live.most + packed + optimizer + (gradients if parts > 1 else 0)  # their sum beside a part's own
+    memory = Memory(weights, gradients, optimizer, activations, step, 0)
+    return memory, round(counter.get_total_flops() * shape.rows / len(ids))
 
 
 def time_steps(
@@ -125,11 +128,9 @@ def time_steps(
         if number == 2:
             _synchronize(device)
             start = time.perf_counter()
-        ids, labels, mask = (part.to(device) for part in batch[:3])
-        places = batch.position_ids
-        places = places if places is None else places.to(device)
+        rows = tuple(one.to(device) for one in batch.tensors)
         with autocast():
-            loss = model.completion_loss(ids, labels, mask, settings.label_smoothing, places)
+            loss = loss_in_parts(model, rows, settings.label_smoothing)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_([parameter for _, parameter in trained_parameters(model)], 1.0)
         optimizer.step()

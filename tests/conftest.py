@@ -31,9 +31,13 @@ def train(folder: Path, *overrides: str) -> float | None:
     return experiment.train(settings_of("train", list(overrides)), folder)
 
 
-def generate(folder: Path, *overrides: str) -> dict[str, Any] | None:
+def generate(folder: Path, *overrides: str, meteor: bool = False) -> dict[str, Any] | None:
+    """`meteor`: scored by METEOR too, whose start takes ten seconds."""
     folder.mkdir(parents=True, exist_ok=True)
-    return experiment.generate(settings_of("generate", list(overrides)), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        if not meteor:
+            patch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
+        return experiment.generate(settings_of("generate", list(overrides)), folder)
 
 
 @pytest.fixture(autouse=True)

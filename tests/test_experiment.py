@@ -28,7 +28,8 @@ def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_line_a_row_in_order_and_scores_beside(tmp_path, run, tiny_corpus):
-    scores = generate(tmp_path, *DECODING, f"adapter={run / 'adapter'}", f"data.root={tiny_corpus}")
+    decoding = [*DECODING, f"adapter={run / 'adapter'}", f"data.root={tiny_corpus}"]
+    scores = generate(tmp_path, *decoding, meteor=True)
     lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     rows = list(read_text_rows(tiny_corpus / "test.jsonl"))
     assert [line["id"] for line in lines] == list(range(len(rows)))
@@ -38,7 +39,7 @@ def test_one_line_a_row_in_order_and_scores_beside(tmp_path, run, tiny_corpus):
     assert [by_context[row.context] for row in rows] == [line["text"] for line in lines]
     assert (tmp_path / "hypotheses.txt").read_text().splitlines() == list(by_context.values())
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
-    assert {"bleu", "nist", "rouge_l", "cider"} <= scores.keys()
+    assert {"bleu", "nist", "meteor", "rouge_l", "cider"} <= scores.keys()
     assert not list(tmp_path.glob(".part*"))
 
 

@@ -31,6 +31,12 @@ class Batch(NamedTuple):
     position_ids: Tensor | None = None
     """(B, T) where rows are packed: they start again at 0 with each row."""
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What a loss is computed from: input ids, labels, mask, and positions where rows are packed."""
+        rows = self.input_ids, self.labels, self.mask
+        return rows if self.position_ids is None else (*rows, self.position_ids)
+
     def packed(self, line: int, multiple: int = 1) -> "Batch":
         """The rows one behind another, the longest first, each in the first line of `line` tokens it fits.
 

@@ -17,8 +17,8 @@ class Beside(Protocol):
 
     running: bool
 
-    def parts(self, x: Tensor) -> Iterator[Tensor]:
-        """Each model's part of x (..., N, in) along N."""
+    def parts(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The numbers of the models, and each one's part of x (..., N, in) along N."""
 
 
 class MergedLinear(nn.Module):
@@ -216,8 +216,7 @@ class MergedLinear(nn.Module):
         """`_updates`, of each model's own layer on its part where several stand side by side."""
         if self.beside is None or not self.beside.running:
             return self._updates(x)
-        each = zip(self.layers_beside, self.beside.parts(x), strict=True)
-        found = [layer._updates(part) for layer, part in each]
+        found = [self.layers_beside[k]._updates(part) for k, part in self.beside.parts(x)]
         return [torch.cat(parts, dim=-2) for parts in zip(*found, strict=True)]
 
     def extra_repr(self) -> str:

@@ -30,10 +30,11 @@ def token_loss(logits: Tensor, labels: Tensor, label_smooth: float = 0.0) -> Ten
 
 def batch_loss(losses: Tensor, weights: Tensor) -> Tensor:
     """sum(weights * losses) / (sum(weights) + 1e-4), the published implementation's mean."""
-    return (losses * weights).sum() / _whole(weights)
+    return (losses * weights).sum() / total_weight(weights)
 
 
-def _whole(weights: Tensor) -> Tensor:
+def total_weight(weights: Tensor) -> Tensor:
+    """What a batch's sum is divided by: never zero, as the published implementation has it."""
     return weights.sum() + 1e-4
 
 
@@ -54,7 +55,7 @@ def head_loss(
     """
     smooth = label_smooth if label_smooth > _SMOOTHING_FROM else 0.0
     total: Tensor = _HeadLoss.apply(hidden, head, targets, weights, smooth, prepacked)  # type: ignore[no-untyped-call]
-    return total / _whole(weights)
+    return total / total_weight(weights)
 
 
 class _HeadLoss(torch.autograd.Function):

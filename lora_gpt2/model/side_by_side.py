@@ -1,7 +1,8 @@
 """Several adapters over one base, trained at once: their rows run through its products together."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -11,15 +12,14 @@ from torch import Tensor
 from lora_gpt2.model.cache import FlatBatches
 from lora_gpt2.model.language_model import GPT2LMModel, Targets
 from lora_gpt2.model.lora import MergedLinear
-
-Rows = tuple[Tensor, Tensor, Tensor]
-"""Input ids, labels and mask, each (B, T)."""
+from lora_gpt2.model.loss import total_weight
+from lora_gpt2.model.parts import Rows, split, sum_in_turn
 
 
 class SideBySide:
     """N models that differ in rank, scaling, dropout and values of their updates alone.
 
-    They share the base of the first. Each model can still be run alone; `losses` runs all at once, each on
+    They share the base of the first. Each model can still be run alone; `loss` runs all at once, each on
     rows of its own, and each layer's updates on their model's tokens. Dropout draws from a stream for each
     model, so that none notices the others.
     """
@@ -34,6 +34,7 @@ class SideBySide:
             if model.transformer.gradient_checkpointing:
                 raise ValueError("models side by side cannot have gradient_checkpointing")
         self.share()
+        self._running: list[int] = []
         self._sizes: tuple[list[int], ...] = ()
         self._states: list[Tensor] = []
         for layers in zip(*(_linear_layers(model) for model in models), strict=True):
@@ -41,8 +42,8 @@ class SideBySide:
 
     @property
     def running(self) -> bool:
-        """Whether a batch of `losses` is on its way through the blocks."""
-        return bool(self._sizes)
+        """Whether batches of `loss` are on their way through the blocks."""
+        return bool(self._running)
 
     def share(self) -> None:
         """Gives all models the first one's base as it lies now."""
@@ -53,34 +54,53 @@ class SideBySide:
         """Starts each model's stream of random numbers."""
         self._states = [self._generator(seed).get_state() for seed in seeds]
 
-    def losses(self, rows: Sequence[Rows], label_smooth: Sequence[float]) -> list[Tensor]:
-        """What `GPT2LMModel.completion_loss` of each model gives for its rows."""
-        targets = [Targets.of(labels, mask) for _, labels, mask in rows]
-        batches = FlatBatches([(len(ids), ids.size(1)) for ids, _, _ in rows])
-        starts = [0, *accumulate(batches.sizes)]
-        kept = [start + target.positions for start, target in zip(starts, targets, strict=False)]
-        asked = [len(target.labels) for target in targets]
-        ids = torch.cat([ids.flatten() for ids, _, _ in rows])[None]  # (1, N)
+    def loss(self, rows: Sequence[Rows], label_smooth: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The sum of what `loss_in_parts` of each model gives for its rows, and each one's value (N,)."""
+        split_rows = [split(model, one) for model, one in zip(self.models, rows, strict=True)]
+        wholes = [total_weight(mask) for _, _, mask in rows]
+        values = torch.zeros(len(rows), device=self._device)
+
+        def loss(turn: int) -> Tensor:
+            parts = {k: parts[turn] for k, parts in enumerate(split_rows) if turn < len(parts)}
+            total = values.new_zeros(())
+            for k, found in self._losses(parts, label_smooth).items():
+                found = found * (total_weight(parts[k][2]) / wholes[k])
+                values[k] += found.detach()
+                total = total + found
+            return total
+
+        turns = [partial(loss, turn) for turn in range(max(map(len, split_rows)))]
+        trained = (parameter for model in self.models for parameter in model.parameters())
+        return sum_in_turn(turns, trained), values
+
+    def _losses(self, rows: Mapping[int, Rows], label_smooth: Sequence[float]) -> dict[int, Tensor]:
+        """The mean loss of some of the models, by their numbers."""
+        targets = {k: Targets.of(labels, mask) for k, (_, labels, mask) in rows.items()}
+        batches = FlatBatches([(len(ids), ids.size(1)) for ids, _, _ in rows.values()])
+        starts = accumulate(batches.sizes, initial=0)
+        kept = [start + one.positions for start, one in zip(starts, targets.values(), strict=False)]
+        asked = [len(one.labels) for one in targets.values()]
+        ids = torch.cat([ids.flatten() for ids, _, _ in rows.values()])[None]  # (1, N)
         places = torch.cat([torch.arange(t, device=ids.device).repeat(b) for b, t in batches.shapes])
         transformer, head = self.models[0].transformer, self.models[0].lm_head
+        self._running = list(rows)
         self._sizes = asked, batches.sizes
         try:
-            hidden = transformer.hidden_states(
-                ids, places, [batches] * len(transformer.h), kept=torch.cat(kept)
-            )
+            caches = [batches] * len(transformer.h)
+            hidden = transformer.hidden_states(ids, places, caches, kept=torch.cat(kept))
         finally:
-            self._sizes = ()
-        parts = torch.split(hidden, asked)
-        return [
-            head.loss(part, target, smooth)
-            for part, target, smooth in zip(parts, targets, label_smooth, strict=True)
-        ]
+            self._running = []
+        parts = zip(targets.items(), torch.split(hidden, asked), strict=True)
+        return {k: head.loss(part, one, label_smooth[k]) for (k, one), part in parts}
 
-    def parts(self, x: Tensor) -> Iterator[Tensor]:
-        """Each model's part of x along N: (1, N, in) of all tokens, or (N, in) of those with a loss."""
-        for k, part in enumerate(torch.split(x, self._sizes[x.dim() - 2], dim=-2)):
+    def parts(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The numbers of those running, and each one's part of x along N.
+
+        x is (1, N, in) for all tokens, or (N, in) for those with a loss.
+        """
+        for k, part in zip(self._running, torch.split(x, self._sizes[x.dim() - 2], dim=-2), strict=True):
             with self._turn(k):
-                yield part
+                yield k, part
 
     @contextmanager
     def _turn(self, k: int) -> Iterator[None]:

@@ -15,6 +15,7 @@ from lora_gpt2.memory import keep_freed
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.parts import loss_in_parts
 from lora_gpt2.training.accuracy import StageMetrics
 from lora_gpt2.training.config import OptimizerSettings
 from lora_gpt2.training.optimization import build_optimizer
@@ -68,8 +69,7 @@ class LanguageModeling(LightningModule):
         return reduce(lambda seed, number: (seed * 1_000_003 + number) % 2**63, (self.seed, *place))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        ids, labels, mask, positions = batch.input_ids, batch.labels, batch.mask, batch.position_ids
-        loss = self.model.completion_loss(ids, labels, mask, self.label_smoothing, positions)
+        loss = loss_in_parts(self.model, batch.tensors, self.label_smoothing)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss": loss, "lr": rate}, batch_size=len(batch.rows))
         return loss

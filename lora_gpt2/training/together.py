@@ -48,14 +48,11 @@ class AdaptersTogether(LightningModule):
         self.together.seed([member.dropout_seed(*place) for member in self._each()])
 
     def training_step(self, batch: Sequence[Batch], batch_idx: int) -> Tensor:
-        rows = [(one.input_ids, one.labels, one.mask) for one in batch]
-        losses = self.together.losses(rows, [member.label_smoothing for member in self._each()])
+        rows = [one.tensors for one in batch]
+        total, losses = self.together.loss(rows, [member.label_smoothing for member in self._each()])
         values = dict(zip((f"train/loss/{name}" for name in self.names), losses, strict=True))
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        total = torch.stack(losses).sum()
-        self.log_dict(
-            {"train/loss": total / len(losses), "lr": rate, **values}, batch_size=len(batch[0].rows)
-        )
+        self.log_dict({"train/loss": losses.mean(), "lr": rate, **values}, batch_size=len(batch[0].rows))
         return total
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

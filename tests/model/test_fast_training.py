@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_gpt2.memory import LiveBytes
-from lora_gpt2.model import loss
+from lora_gpt2.model import loss, parts
 from lora_gpt2.model.attention import causal_attention
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -216,3 +216,50 @@ def test_a_batch_without_targets_costs_nothing_and_breaks_nothing(dtype):
     value.backward()
     assert value.item() == 0
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("options", [*VARIANTS, {"lora_bias": "lora_only"}], ids=str)
+@pytest.mark.parametrize("tokens", [23, 50, 100])
+def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(monkeypatch, options, tokens):
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", tokens * 64 * 8)
+    whole, model = build(**options).double(), build(**options).double()
+    assert parts.part_count(model, *MASK.shape) == -(-MASK.numel() // tokens)
+    value = parts.loss_in_parts(model, (IDS, LABELS, MASK), 0.1)
+    expected = whole.completion_loss(IDS, LABELS, MASK, 0.1)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert furthest(gradients(model, 3 * value), gradients(whole, 3 * expected)) < 1e-6
+
+
+def test_rows_without_targets_have_a_part_too(monkeypatch):
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", 64 * 4)
+    nothing = torch.zeros_like(MASK)
+    assert parts.loss_in_parts(build(), (IDS, LABELS, nothing)).item() == 0
+    one = nothing.clone()
+    one[2, 4] = True
+    found = parts.loss_in_parts(build(), (IDS, LABELS, one))
+    assert found.item() == pytest.approx(build().completion_loss(IDS, LABELS, one).item(), rel=1e-5)
+
+
+def test_packed_lines_go_in_parts_too(monkeypatch):
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", 30 * 64 * 4)
+    positions = torch.cat((torch.arange(9), torch.arange(14))).expand(5, 23)
+    value = parts.loss_in_parts(build(), (IDS, LABELS, MASK, positions))
+    expected = build().completion_loss(IDS, LABELS, MASK, position_ids=positions)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_memory_grows_with_a_part_and_not_with_the_batch(monkeypatch):
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", MASK.numel() * 64 * 4)
+    most = []
+    for times in (1, 8):
+        model = build()
+        batch = tuple(one.repeat(times, 1) for one in (IDS, LABELS, MASK))
+        with LiveBytes() as live:
+            parts.loss_in_parts(model, batch).backward()
+        most.append(live.most)
+    assert most[1] < 1.2 * most[0]
+
+
+def test_a_model_that_trains_whole_is_not_split():
+    model = GPT2LMModel(GPT2Config(300, 64, 64, 64, 2, 4))
+    assert parts.part_count(model, 1000, 64) == 1

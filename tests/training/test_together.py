@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.model import parts
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.side_by_side import SideBySide
@@ -50,20 +51,23 @@ def rows(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     ],
     ids=str,
 )
-def test_losses_and_gradients_are_those_of_each_model_alone(shared):
+@pytest.mark.parametrize("part", [2**30, 40 * 32 * 8], ids=["whole", "in parts"])
+def test_losses_and_gradients_are_those_of_each_model_alone(monkeypatch, shared, part):
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", part)
     batches = [rows(seed) for seed in range(3)]
     expected = []
     for seed, (model, batch) in enumerate(zip(models(**shared), batches, strict=True)):
         torch.manual_seed(seed)
-        loss = model.completion_loss(*batch, 0.1)
+        loss = parts.loss_in_parts(model, batch, 0.1)
         loss.backward()
         expected.append((loss, [p.grad for p in model.parameters() if p.requires_grad]))
     together = SideBySide(models(**shared))
     together.seed(range(3))
-    losses = together.losses(batches, [0.1] * 3)
-    torch.stack(losses).sum().backward()
+    total, losses = together.loss(batches, [0.1] * 3)
+    total.backward()
+    torch.testing.assert_close(total.detach(), losses.sum())
     for model, loss, (alone, grads) in zip(together.models, losses, expected, strict=True):
-        torch.testing.assert_close(loss, alone, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(loss, alone.detach(), rtol=1e-6, atol=1e-7)
         found = [p.grad for p in model.parameters() if p.requires_grad]
         torch.testing.assert_close(found, grads, rtol=1e-5, atol=1e-8)
 
@@ -73,7 +77,7 @@ def test_a_model_beside_others_can_still_run_alone():
     batch = rows(0)
     expected = first.completion_loss(*batch)
     together = SideBySide(models())
-    together.losses([rows(seed) for seed in range(3)], [0.0] * 3)
+    together.loss([rows(seed) for seed in range(3)], [0.0] * 3)
     torch.testing.assert_close(together.models[0].completion_loss(*batch), expected)
 
 
