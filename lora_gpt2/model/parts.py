@@ -1,7 +1,7 @@
 """A batch in parts, each differentiated before the next is computed: the same loss and the same gradients.
 
-On a CPU that is faster, because a part stays in the processor's caches, and memory grows with a part in place
-of the batch.  B rows, T tokens, N of the rows' tokens.
+On a CPU a part of some size is as fast as a whole, and memory grows with a part in place of the batch.
+B rows, T tokens.
 """
 
 from collections.abc import Callable, Iterable, Sequence
