@@ -22,7 +22,7 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel, Targets
 from lora_gpt2.model.lora import MergedLinear
-from lora_gpt2.model.parts import loss_in_parts, part_count
+from lora_gpt2.model.parts import loss_in_parts, rows_of_a_part
 from lora_gpt2.model.products import HAS_ONEDNN, Prepacked
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.training.optimization import build_optimizer
@@ -92,9 +92,9 @@ def count_step(config: GPT2Config, settings: TrainSettings, device: str, shape: 
         model, autocast = _built(config, settings, there)
         packed = _prepacked_bytes(model) if device == "cpu" else 0
         weights = live.now + packed
-        parts = part_count(model, shape.rows, shape.tokens) if device == "cpu" else 1
-        ids = torch.zeros(-(-shape.rows // parts), shape.tokens, dtype=torch.long)
-        positions = torch.zeros(-(-shape.targets // parts), dtype=torch.long)
+        rows = rows_of_a_part(model, shape.rows, shape.tokens) if device == "cpu" else shape.rows
+        ids = torch.zeros(rows, shape.tokens, dtype=torch.long)
+        positions = torch.zeros(-(-shape.targets * rows // shape.rows), dtype=torch.long)
         with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
             with autocast():
                 places = ids if settings.data.pack else None
@@ -103,9 +103,11 @@ def count_step(config: GPT2Config, settings: TrainSettings, device: str, shape: 
             torch.autograd.backward(loss)
         gradients = sum(size_of(parameter) for _, parameter in trained_parameters(model))
     optimizer = ADAM_STATES * gradients
-    step = live.most + packed + optimizer + (gradients if parts > 1 else 0)  # their sum beside a part's own
+    step = (
+        live.most + packed + optimizer + (gradients if rows < shape.rows else 0)
+    )  # their sum beside a part's own
     memory = Memory(weights, gradients, optimizer, activations, step, 0)
-    return memory, round(counter.get_total_flops() * shape.rows / len(ids))
+    return memory, round(counter.get_total_flops() * shape.rows / rows)
 
 
 def time_steps(

@@ -41,7 +41,7 @@ class Targets(NamedTuple):
     @classmethod
     def at(cls, positions: Tensor, labels: Tensor) -> "Targets":
         spare = 0, -len(labels) % _FEW_SHAPES
-        weights = F.pad(torch.ones(len(labels), device=labels.device), spare)
+        weights = F.pad(torch.ones(len(labels), dtype=torch.float32, device=labels.device), spare)
         return cls(F.pad(positions, spare), F.pad(labels, spare), weights)
 
     @classmethod

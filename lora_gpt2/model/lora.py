@@ -17,7 +17,7 @@ class Beside(Protocol):
 
     running: bool
 
-    def parts(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def tokens_of_each(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The numbers of the models, and each one's part of x (..., N, in) along N."""
 
 
@@ -216,7 +216,7 @@ class MergedLinear(nn.Module):
         """`_updates`, of each model's own layer on its part where several stand side by side."""
         if self.beside is None or not self.beside.running:
             return self._updates(x)
-        found = [self.layers_beside[k]._updates(part) for k, part in self.beside.parts(x)]
+        found = [self.layers_beside[k]._updates(part) for k, part in self.beside.tokens_of_each(x)]
         return [torch.cat(parts, dim=-2) for parts in zip(*found, strict=True)]
 
     def extra_repr(self) -> str:

@@ -35,7 +35,7 @@ def batch_loss(losses: Tensor, weights: Tensor) -> Tensor:
 
 def total_weight(weights: Tensor) -> Tensor:
     """What a batch's sum is divided by: never zero, as the published implementation has it."""
-    return weights.sum() + 1e-4
+    return weights.sum(dtype=torch.float32) + 1e-4
 
 
 def head_loss(

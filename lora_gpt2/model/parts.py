@@ -18,7 +18,7 @@ Rows = tuple[Tensor, ...]
 """Input ids, labels and mask, each (B, T); position ids too where rows are packed."""
 
 _HIDDEN_BYTES = 3 * 2**19
-"""Of a part's hidden states: 1,024 tokens of gpt2.sm in bfloat16, 512 in float32."""
+"""A part's hidden states have at most so many: 1,024 tokens of gpt2.sm in bfloat16, 512 in float32."""
 
 _WIDTHS = 8
 """A part's T is a multiple of this: every new shape costs a library time and memory."""
@@ -37,24 +37,27 @@ def loss_in_parts(model: GPT2LMModel, rows: Rows, label_smooth: float = 0.0) -> 
     return sum_in_turn([loss(part) for part in parts], model.parameters())
 
 
-def part_count(model: GPT2LMModel, rows: int, tokens: int) -> int:
-    """In how many parts a batch (B, T) is trained: several only of an adapter, whose gradients are small."""
+def rows_of_a_part(model: GPT2LMModel, rows: int, tokens: int) -> int:
+    """How many rows of a batch (B, T) are trained at a time: not all, only where an adapter is on a CPU.
+
+    The gradients of an adapter are small enough to be added up.
+    """
     table = model.transformer.wte.weight
     if table.requires_grad or not table.is_cpu:
-        return 1
-    size = rows * tokens * table.size(1) * table.element_size()
-    return min(rows, -(-size // _HIDDEN_BYTES))
+        return rows
+    most = max(1, _HIDDEN_BYTES // (tokens * table.size(1) * table.element_size()))
+    return -(-rows // -(-rows // most))  # as many in each part
 
 
 def split(model: GPT2LMModel, rows: Rows) -> list[Rows]:
-    """The longest rows first, about as many in each part, cut behind its last target."""
+    """The longest rows first, each part cut behind its last target."""
     mask = rows[2]
-    count = part_count(model, *mask.shape)
-    if count <= 1:
+    count = rows_of_a_part(model, *mask.shape)
+    if count == len(mask):
         return [rows]
     lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(dim=1)
     order = lengths.sort(descending=True, stable=True).indices
-    parts = [(members, max(1, int(lengths[members[0]]))) for members in order.tensor_split(count)]
+    parts = [(members, max(1, int(lengths[members[0]]))) for members in torch.split(order, count)]
     return [tuple(one[members, : _rounded_up(width)] for one in rows) for members, width in parts]
 
 
@@ -64,9 +67,9 @@ def _rounded_up(width: int) -> int:
 
 def sum_in_turn(losses: Sequence[Callable[[], Tensor]], parameters: Iterable[Tensor]) -> Tensor:
     """The sum of scalars, each computed and differentiated by `parameters` before the next is computed."""
-    if len(losses) == 1:
-        return losses[0]()
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if len(losses) == 1 or not trained or not torch.is_grad_enabled():
+        return torch.stack([loss() for loss in losses]).sum()
     total: Tensor = _SumInTurn.apply(losses, *trained)  # type: ignore[no-untyped-call]
     return total
 
@@ -74,7 +77,7 @@ def sum_in_turn(losses: Sequence[Callable[[], Tensor]], parameters: Iterable[Ten
 class _SumInTurn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, losses: Sequence[Callable[[], Tensor]], *parameters: Tensor) -> Tensor:
-        total = torch.zeros((), device=parameters[0].device)
+        total = torch.zeros((), dtype=torch.float32, device=parameters[0].device)
         grads: list[Tensor | None] = [None] * len(parameters)
         for loss in losses:
             with torch.enable_grad():
@@ -85,6 +88,7 @@ class _SumInTurn(torch.autograd.Function):
                 new if old is None else old if new is None else old + new
                 for old, new in zip(grads, found, strict=True)
             ]
+            del value, found  # or they would live as long as the next part
         ctx.save_for_backward(*grads)
         return total
 

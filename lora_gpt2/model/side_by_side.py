@@ -55,21 +55,25 @@ class SideBySide:
         self._states = [self._generator(seed).get_state() for seed in seeds]
 
     def loss(self, rows: Sequence[Rows], label_smooth: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The sum of what `loss_in_parts` of each model gives for its rows, and each one's value (N,)."""
+        """The sum of what `loss_in_parts` of each model gives for its rows, and each one's value (N,).
+
+        `rows` are not packed. Where they go in parts, a part of each model is computed at a time.
+        """
         split_rows = [split(model, one) for model, one in zip(self.models, rows, strict=True)]
         wholes = [total_weight(mask) for _, _, mask in rows]
-        values = torch.zeros(len(rows), device=self._device)
+        values = torch.zeros(len(rows), dtype=torch.float32, device=self._device)
 
-        def loss(turn: int) -> Tensor:
-            parts = {k: parts[turn] for k, parts in enumerate(split_rows) if turn < len(parts)}
+        def turn_loss(turn: int) -> Tensor:
+            """Of all models that have so many parts, at once."""
+            running = {k: parts[turn] for k, parts in enumerate(split_rows) if turn < len(parts)}
             total = values.new_zeros(())
-            for k, found in self._losses(parts, label_smooth).items():
-                found = found * (total_weight(parts[k][2]) / wholes[k])
-                values[k] += found.detach()
-                total = total + found
+            for k, found in self._losses(running, label_smooth).items():
+                share = total_weight(running[k][2]) / wholes[k]
+                values[k] += found.detach() * share
+                total = total + found * share
             return total
 
-        turns = [partial(loss, turn) for turn in range(max(map(len, split_rows)))]
+        turns = [partial(turn_loss, turn) for turn in range(max(map(len, split_rows)))]
         trained = (parameter for model in self.models for parameter in model.parameters())
         return sum_in_turn(turns, trained), values
 
@@ -90,10 +94,10 @@ class SideBySide:
             hidden = transformer.hidden_states(ids, places, caches, kept=torch.cat(kept))
         finally:
             self._running = []
-        parts = zip(targets.items(), torch.split(hidden, asked), strict=True)
-        return {k: head.loss(part, one, label_smooth[k]) for (k, one), part in parts}
+        states = zip(targets.items(), torch.split(hidden, asked), strict=True)
+        return {k: head.loss(state, one, label_smooth[k]) for (k, one), state in states}
 
-    def parts(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def tokens_of_each(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The numbers of those running, and each one's part of x along N.
 
         x is (1, N, in) for all tokens, or (N, in) for those with a loss.

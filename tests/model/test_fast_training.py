@@ -218,16 +218,65 @@ def test_a_batch_without_targets_costs_nothing_and_breaks_nothing(dtype):
     assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
 
 
+LENGTHS = torch.tensor([9, 23, 4, 17, 12])
+UNEVEN = (torch.arange(23) >= 2) & (torch.arange(23) < LENGTHS[:, None])
+"""Rows of very different lengths: 9 is the first that needs a new width."""
+
+
 @pytest.mark.parametrize("options", [*VARIANTS, {"lora_bias": "lora_only"}], ids=str)
 @pytest.mark.parametrize("tokens", [23, 50, 100])
 def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(monkeypatch, options, tokens):
     monkeypatch.setattr(parts, "_HIDDEN_BYTES", tokens * 64 * 8)
     whole, model = build(**options).double(), build(**options).double()
-    assert parts.part_count(model, *MASK.shape) == -(-MASK.numel() // tokens)
-    value = parts.loss_in_parts(model, (IDS, LABELS, MASK), 0.1)
-    expected = whole.completion_loss(IDS, LABELS, MASK, 0.1)
+    value = parts.loss_in_parts(model, (IDS, LABELS, UNEVEN), 0.1)
+    expected = whole.completion_loss(IDS, LABELS, UNEVEN, 0.1)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     assert furthest(gradients(model, 3 * value), gradients(whole, 3 * expected)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shapes"),
+    [
+        (1, [(1, 23), (1, 23), (1, 16), (1, 16), (1, 8)]),
+        (50, [(2, 23), (2, 16), (1, 8)]),
+        (100, [(3, 23), (2, 16)]),
+        (115, [(5, 23)]),
+    ],
+)
+def test_parts_have_like_lengths_and_no_more_tokens_than_they_may(monkeypatch, tokens, shapes):
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", tokens * 64 * 4)
+    found = parts.split(build(), (IDS, LABELS, UNEVEN))
+    assert [tuple(mask.shape) for _, _, mask in found] == shapes
+    assert sum(int(mask.sum()) for _, _, mask in found) == UNEVEN.sum()
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_loss_in_parts_is_float32_whatever_the_default(monkeypatch, rows):
+    """lightning's bf16-true makes bfloat16 the default while a step runs: it cannot count to 257."""
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", rows * 600 * 64 * 4)
+    torch.manual_seed(0)
+    model = GPT2LMModel(GPT2Config(300, 600, 600, 64, 1, 4, lora_attn_dim=4, lora_attn_alpha=32))
+    model.train_only_lora()
+    ids = torch.randint(0, 300, (2, 600), generator=GENERATOR)
+    mask = torch.arange(600) >= 1
+    expected = model.completion_loss(ids, ids, mask.expand(2, -1)).item()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = parts.loss_in_parts(model, (ids, ids, mask.expand(2, -1)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype is torch.float32
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_without_gradients_a_batch_in_parts_has_its_loss(monkeypatch):
+    monkeypatch.setattr(parts, "_HIDDEN_BYTES", 23 * 64 * 4)
+    model = build()
+    expected = model.completion_loss(IDS, LABELS, UNEVEN).item()
+    with torch.no_grad():
+        assert parts.loss_in_parts(model, (IDS, LABELS, UNEVEN)).item() == pytest.approx(expected, rel=1e-5)
+    model.requires_grad_(False)
+    assert parts.loss_in_parts(model, (IDS, LABELS, UNEVEN)).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_without_targets_have_a_part_too(monkeypatch):
@@ -242,10 +291,14 @@ def test_rows_without_targets_have_a_part_too(monkeypatch):
 
 def test_packed_lines_go_in_parts_too(monkeypatch):
     monkeypatch.setattr(parts, "_HIDDEN_BYTES", 30 * 64 * 4)
-    positions = torch.cat((torch.arange(9), torch.arange(14))).expand(5, 23)
-    value = parts.loss_in_parts(build(), (IDS, LABELS, MASK, positions))
-    expected = build().completion_loss(IDS, LABELS, MASK, position_ids=positions)
+    starts = torch.tensor([3, 9, 1, 14, 6])[:, None]
+    places = torch.arange(23)
+    positions = torch.where(places < starts, places, places - starts)
+    model, whole = build(), build()
+    value = parts.loss_in_parts(model, (IDS, LABELS, UNEVEN, positions))
+    expected = whole.completion_loss(IDS, LABELS, UNEVEN, position_ids=positions)
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert furthest(gradients(model, value), gradients(whole, expected)) < 1e-4
 
 
 def test_memory_grows_with_a_part_and_not_with_the_batch(monkeypatch):
@@ -262,4 +315,4 @@ def test_memory_grows_with_a_part_and_not_with_the_batch(monkeypatch):
 
 def test_a_model_that_trains_whole_is_not_split():
     model = GPT2LMModel(GPT2Config(300, 64, 64, 64, 2, 4))
-    assert parts.part_count(model, 1000, 64) == 1
+    assert parts.rows_of_a_part(model, 1000, 64) == 1000
