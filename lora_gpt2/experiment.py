@@ -55,28 +55,27 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
         return None
     data.load(settings.model.n_positions)
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
-    parts: dict[str, LanguageModeling] = {}
+    modules: dict[str, LanguageModeling] = {}
     for (name, member), config in zip(members.items(), configs, strict=True):
-        part = _module(member, config, data.tokenizer.sha256)
-        part.model.share_base(next(iter(parts.values()), part).model)
-        parts[name] = part
-        screen.model(settings.model.name, parts[name].model)
+        one = modules[name] = _module(member, config, data.tokenizer.sha256)
+        one.model.share_base(next(iter(modules.values())).model)  # at once: two bases are most in memory
+        screen.model(settings.model.name, one.model)
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
-    module = AdaptersTogether(parts) if len(parts) > 1 else parts[""]
+    module = AdaptersTogether(modules) if len(modules) > 1 else modules[""]
     callbacks = _callbacks(settings.callbacks, folder)
     trainer = _trainer(settings.trainer, callbacks, _logger(settings, folder), folder)
     checkpoint = runs.checkpoint_file(settings.resume)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
     finally:
-        for part in parts.values():  # where the fit did not come to its end
-            part.model.unpack()
+        for one in modules.values():  # where the fit did not come to its end
+            one.model.unpack()
     losses = runs.keep_weights(trainer, module, settings.keep, folder)
     if trainer.is_global_zero:
         for (name, member), loss in zip(members.items(), losses, strict=True):
             notes = {"steps": trainer.global_step, "valid_loss": loss}
-            runs.save(folder / name, parts[name], member, data.tokenizer, notes)
+            runs.save(folder / name, modules[name], member, data.tokenizer, notes)
             screen.artefacts(folder / name)
     return min((loss for loss in losses if loss is not None), default=None)
 

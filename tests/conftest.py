@@ -1,5 +1,6 @@
 """What several tests share: a tiny corpus, and experiments run in this process."""
 
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -13,6 +14,10 @@ from lora_gpt2.data.jsonl import TextRow, write_text_rows
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
+
+needs_compiler = pytest.mark.skipif(
+    not shutil.which("g++"), reason="compile=true on a CPU needs a C++ compiler, which pip cannot install"
+)
 
 TINY = ["model.n_layer=2", "model.n_embd=16", "model.n_head=2", "model.n_positions=64", "data.seq_len=64"]
 

@@ -78,9 +78,7 @@ def test_memory_is_counted_for_any_device_and_precision(device, precision):
     memory, flops = count_step(config, settings, device, Shape(4, 10, 20))
     size = 2 if precision == "bf16-true" else 4
     weights = size * sum(p.numel() for p in GPT2LMModel(config).parameters())
-    layouts = (
-        3 if device == "cpu" and size == 2 else 1
-    )  # matrices are laid out twice, the head beside its table
+    layouts = 3 if device == "cpu" and size == 2 else 1  # matrices twice, the head beside its table
     assert weights <= memory.weights < 1.1 * layouts * weights + 100_000
     assert flops > 0
     assert memory.peak == memory.step > memory.weights

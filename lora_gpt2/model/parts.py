@@ -57,12 +57,11 @@ def split(model: GPT2LMModel, rows: Rows) -> list[Rows]:
         return [rows]
     lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(dim=1)
     order = lengths.sort(descending=True, stable=True).indices
-    parts = [(members, max(1, int(lengths[members[0]]))) for members in torch.split(order, count)]
-    return [tuple(one[members, : _rounded_up(width)] for one in rows) for members, width in parts]
-
-
-def _rounded_up(width: int) -> int:
-    return -(-width // _WIDTHS) * _WIDTHS
+    parts = []
+    for members in torch.split(order, count):
+        width = -(-max(1, int(lengths[members[0]])) // _WIDTHS) * _WIDTHS
+        parts.append(tuple(one[members, :width] for one in rows))
+    return parts
 
 
 def sum_in_turn(losses: Sequence[Callable[[], Tensor]], parameters: Iterable[Tensor]) -> Tensor:

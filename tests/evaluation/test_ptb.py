@@ -1,9 +1,6 @@
 import pytest
 
 from lora_gpt2.evaluation import ptb
-from lora_gpt2.evaluation.java import PTB_JAR, find_jar, find_java
-
-needs_java = pytest.mark.skipif(not (find_java() and find_jar(PTB_JAR)), reason="needs the extra [meteor]")
 
 SAMPLES = {
     "The Mill's a family-friendly pub.": "the mill 's a family-friendly pub",
@@ -24,12 +21,10 @@ def test_the_regular_expression_gives_the_recorded_stanford_tokens():
     assert ptb.tokenise(list(SAMPLES), "regex") == (list(SAMPLES.values()), ptb.REGEX)
 
 
-@needs_java
 def test_the_jar_gives_the_recorded_stanford_tokens():
     assert ptb.tokenise(list(SAMPLES), "jar") == (list(SAMPLES.values()), ptb.STANFORD)
 
 
-@needs_java
 def test_line_breaks_inside_texts_do_not_shift_the_others():
     assert ptb.tokenise(BREAKS, "auto").texts == ["a b", "a b", "a b", "a b", "a b", "", "end"]
 

@@ -1,3 +1,4 @@
+import importlib
 import random
 
 import pytest
@@ -24,7 +25,7 @@ def test_the_bit_parallel_subsequence_equals_the_table(first, second):
 
 @pytest.mark.parametrize("with_empty", [False, True])
 def test_rouge_l_equals_coco(corpus, with_empty):
-    rouge = pytest.importorskip("pycocoevalcap.rouge.rouge").Rouge()
+    rouge = importlib.import_module("pycocoevalcap.rouge.rouge").Rouge()
     predictions, references = corpus
     if with_empty:
         predictions[0], predictions[1], references[1][0], references[2][0] = "", "", "", ""
@@ -34,7 +35,7 @@ def test_rouge_l_equals_coco(corpus, with_empty):
 
 @pytest.mark.parametrize("with_empty", [False, True])
 def test_cider_equals_coco(corpus, with_empty):
-    coco = pytest.importorskip("pycocoevalcap.cider.cider").Cider()
+    coco = importlib.import_module("pycocoevalcap.cider.cider").Cider()
     predictions, references = corpus
     if with_empty:
         predictions[0], predictions[1], references[1][0], references[2][0] = "", "", "", ""

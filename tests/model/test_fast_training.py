@@ -1,7 +1,5 @@
 """What training computes in its own fast ways is what the plain formulas give."""
 
-import shutil
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +12,7 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.loss import batch_loss, head_loss, token_loss
 from lora_gpt2.model.products import Prepacked
+from tests.conftest import needs_compiler
 
 GENERATOR = torch.Generator().manual_seed(1)
 IDS, LABELS = (torch.randint(0, 300, (5, 23), generator=GENERATOR) for _ in range(2))
@@ -114,7 +113,7 @@ def test_packing_changes_no_result_and_is_undone():
     assert all(torch.equal(value, before[name]) for name, value in model.weights().items())
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="compiling on a CPU needs a C++ compiler")
+@needs_compiler
 def test_compiled_is_the_same():
     value, expected = plain(build())
     model = build()

@@ -13,7 +13,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.adapter import describe_adapter
 from lora_gpt2.weights.store import base_hash, read_weights
-from tests.conftest import train
+from tests.conftest import needs_compiler, train
 
 DIVERGING = ["optimizer.lr=3", "optimizer.warmup_steps=12", "optimizer.schedule=constant"]
 
@@ -187,7 +187,7 @@ def test_a_bfloat16_base_trains_the_same_adapter_to_its_rounding(tmp_path, tiny,
     )
 
 
-@pytest.mark.skipif(not shutil.which("g++"), reason="compiling on a CPU needs a C++ compiler")
+@needs_compiler
 def test_compiled_training_gives_the_same_losses(tmp_path, tiny, base):
     arguments = [*tiny, "lora=qv", f"base={base}", "trainer.max_epochs=1"]
     for compiled in ("false", "true"):
