@@ -88,7 +88,10 @@ class LanguageModeling(LightningModule):
 
     def configure_optimizers(self) -> Any:
         total = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = build_optimizer([(self.trained(), self.optimizer_settings)], total)
+        trained = [(self.trained(), self.optimizer_settings)]
+        mixed = "mixed" in self.trainer.precision  # Lightning clips no gradients of a fused optimizer then
+        fused = not (mixed and self.trainer.gradient_clip_val)
+        optimizer, schedule = build_optimizer(trained, total, fused)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

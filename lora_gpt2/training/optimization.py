@@ -36,7 +36,9 @@ def rate_factor(step: int, total: int, settings: OptimizerSettings) -> float:
 
 
 def build_optimizer(
-    trained: Iterable[tuple[Iterable[tuple[str, nn.Parameter]], OptimizerSettings]], total: int
+    trained: Iterable[tuple[Iterable[tuple[str, nn.Parameter]], OptimizerSettings]],
+    total: int,
+    fused: bool = True,
 ) -> tuple[AdamW, LambdaLR]:
     """AdamW over named parameters, each set by settings of its own, and the schedule over `total` steps.
 
@@ -44,7 +46,7 @@ def build_optimizer(
     for it.
     """
     pairs = [(group, settings) for named, settings in trained for group in _groups(list(named), settings)]
-    optimizer = AdamW([group for group, _ in pairs], fused=True)
+    optimizer = AdamW([group for group, _ in pairs], fused=fused)
     courses: list[Callable[[int], float]] = [
         partial(rate_factor, total=total, settings=settings) for _, settings in pairs
     ]

@@ -53,6 +53,31 @@ def test_without_lora_everything_trains(tmp_path, tiny, base):
     assert not still
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_full_and_in_mixed_precision(tmp_path, tiny, base, precision):
+    large_eps = (
+        "optimizer.eps=1",
+        "optimizer.lr=0.1",
+        "optimizer.weight_decay=0",
+    )  # steps as long as gradients
+    common = (
+        *tiny,
+        *large_eps,
+        f"base={base}",
+        f"trainer.precision={precision}",
+        "trainer.max_epochs=1",
+        "keep=last",
+    )
+    before = load_file(base / "model.safetensors")
+    moved = []
+    for most in ("null", "1e-5"):
+        train(tmp_path / most, *common, f"trainer.gradient_clip_val={most}")
+        after = load_file(tmp_path / most / "model.safetensors")
+        moved.append(max(float((after[name] - before[name]).abs().max()) for name in before))
+    assert moved[0] > 1e-3
+    assert 0 < moved[1] < 1e-5
+
+
 def test_the_seed_decides_every_number(tmp_path, tiny):
     arguments = [*tiny, "model.dropout=0.2", "trainer.max_epochs=1"]
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
