@@ -8,8 +8,8 @@ Every measurement is a process of its own that warms up first; programs take tur
 the repeats of rows per second, the ratio to PEFT in the same type, the share of the machine's measured
 matrix products per second (MFU), and peak memory. `lightning` is `ours` under lightning.Trainer;
 `four-adapters` trains ranks 1, 2, 4 and 8 side by side, with a batch for each.
-PEFT gets random batches padded to their longest row, as transformers' Trainer makes them by default;
-`peft-grouped` gets our batches of like lengths. `--output FOLDER` keeps the figures.
+All get random batches; PEFT's are padded to their longest row, as transformers' Trainer has them by default.
+`peft-grouped` gets batches of like lengths. `--output FOLDER` keeps the figures.
 """
 
 import argparse

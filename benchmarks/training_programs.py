@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cards import SIZES
 from machine import synchronize
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
 from lora_gpt2.data.config import Corpus, DataSettings
@@ -20,18 +20,23 @@ from lora_gpt2.model.parts import Rows, loss_in_parts
 
 SMOOTHING = 0.1
 VOCABULARY = 50257
+OURS = DataSettings(Corpus.demo)
 
 
-def batches(options: argparse.Namespace, *, grouped: bool, seed: int = 0) -> Iterator[Batch]:
-    """The warm-up's batches and the counted ones: of like lengths, or at random."""
+def batches(
+    options: argparse.Namespace,
+    *,
+    multiple: int = OURS.pad_multiple,
+    bucket: int = OURS.bucket,
+    seed: int = 0,
+) -> Iterator[Batch]:
+    """The warm-up's batches and the counted ones, by default as our training has them."""
     count = options.warm + options.steps
-    multiple = DataSettings(Corpus.demo).pad_multiple if grouped else 1
     if options.rows:
         rows = EncodedRows(read_rows(options.rows, VOCABULARY), 512, multiple=multiple)
     else:
         rng = random.Random(0)
         rows = EncodedRows(random_rows(rng, max(4000, count * options.batch)), 512, multiple=multiple)
-    bucket = 100 if grouped else 0
     order = LengthBuckets(rows.lengths, options.batch, shuffle=True, seed=seed, bucket=bucket)
     for numbers, _ in zip(order, range(count), strict=False):
         yield rows[numbers]
@@ -50,13 +55,14 @@ Measured = tuple[float, float, int, float]
 
 
 def bare_loop(
-    options: argparse.Namespace, loss_of: Callable[[Rows], Tensor], parameters: list[Any], grouped: bool
+    options: argparse.Namespace, loss_of: Callable[[Rows], Tensor], model: nn.Module, given: Iterator[Batch]
 ) -> Measured:
     """Forward, backward and AdamW over the batches."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.01, fused=True)
     start, rows, operations = 0.0, 0, 0.0
     loss = torch.zeros(())
-    for number, batch in enumerate(batches(options, grouped=grouped)):
+    for number, batch in enumerate(given):
         if number == options.warm:
             synchronize(options.device)
             start = time.perf_counter()
@@ -81,7 +87,7 @@ def ours(options: argparse.Namespace, dtype: torch.dtype, compiled: bool = False
     def loss_of(rows: Rows) -> Tensor:
         return loss_in_parts(model, rows, SMOOTHING)
 
-    return bare_loop(options, loss_of, [p for p in model.parameters() if p.requires_grad], grouped=True)
+    return bare_loop(options, loss_of, model, batches(options))
 
 
 def lightning(options: argparse.Namespace, dtype: torch.dtype, compiled: bool = False) -> Measured:
@@ -105,7 +111,7 @@ def lightning(options: argparse.Namespace, dtype: torch.dtype, compiled: bool = 
             synchronize(options.device)
             self.end, self.loss = time.perf_counter(), float(trainer.callback_metrics["train/loss"])
 
-    given = list(batches(options, grouped=True))
+    given = list(batches(options))
     clock = Clock()
     model = our_model(options, torch.float32)
     module = LanguageModeling(model, OptimizerSettings(), SMOOTHING, dtype=dtype, compiled=compiled)
@@ -140,7 +146,7 @@ def four_adapters(options: argparse.Namespace, dtype: torch.dtype) -> Measured:
     models[0].prepack()
     together.share()
     keep_freed()
-    given = [list(batches(options, grouped=True, seed=seed)) for seed in range(len(models))]
+    given = [list(batches(options, seed=seed)) for seed in range(len(models))]
     optimizer = torch.optim.AdamW(
         [p for model in models for p in model.parameters() if p.requires_grad], lr=2e-4, fused=True
     )
@@ -204,7 +210,8 @@ def peft(
         labels = labels.masked_fill(~mask, -100)
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), label_smoothing=SMOOTHING)
 
-    return bare_loop(options, loss_of, [p for p in model.parameters() if p.requires_grad], grouped)
+    bucket = 100 if grouped else 0
+    return bare_loop(options, loss_of, model, batches(options, multiple=1, bucket=bucket))
 
 
 def ours_compiled(options: argparse.Namespace, dtype: torch.dtype) -> Measured:

@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from lora_gpt2 import runs
 from lora_gpt2.errors import UserError
 from lora_gpt2.memory import LiveBytes, forget_most_resident, keep_freed, most_resident, size_of
+from lora_gpt2.model.cache import PackedRows
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel, Targets
 from lora_gpt2.model.lora import MergedLinear
-from lora_gpt2.model.parts import loss_in_parts, rows_of_a_part
+from lora_gpt2.model.parts import loss_in_parts, parts_of
 from lora_gpt2.model.products import HAS_ONEDNN, Prepacked
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.training.optimization import build_optimizer
@@ -75,7 +76,7 @@ class Measured(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A batch of B rows of T tokens with N targets."""
+    """A batch of B rows of T tokens, on average where they lie in a line, with N targets."""
 
     rows: int
     tokens: int
@@ -92,13 +93,15 @@ def count_step(config: GPT2Config, settings: TrainSettings, device: str, shape: 
         model, autocast = _built(config, settings, there)
         packed = _prepacked_bytes(model) if device == "cpu" else 0
         weights = live.now + packed
-        rows = rows_of_a_part(model, shape.rows, shape.tokens) if device == "cpu" else shape.rows
+        parts = parts_of(model, shape.rows * shape.tokens) if device == "cpu" else 1
+        rows = -(-shape.rows // parts)
         ids = torch.zeros(rows, shape.tokens, dtype=torch.long)
         positions = torch.zeros(-(-shape.targets * rows // shape.rows), dtype=torch.long)
         with FlopCounterMode(display=False, custom_mapping=ONEDNN) as counter:
             with autocast():
-                places = ids if settings.data.pack else None
-                loss = model.loss_at(ids, Targets.at(positions, positions), settings.label_smoothing, places)
+                targets = Targets.at(positions, positions)
+                lines = PackedRows(ids) if settings.data.pack and device != "cpu" else None
+                loss = model.loss_at(ids, targets, settings.label_smoothing, cache=lines)
             activations = live.now + packed - weights
             torch.autograd.backward(loss)
         gradients = sum(size_of(parameter) for _, parameter in trained_parameters(model))

@@ -15,6 +15,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.memory import resident, size_of
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.parts import line_tokens
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.weights.store import plain_update
 
@@ -96,13 +97,16 @@ def plan(settings: TrainSettings, device: str, micro_steps: int) -> Plan:
     batches = _batches(rows, settings, device)
     sizes = torch.tensor([rows[batch].input_ids.shape for batch in batches])
     positions = sizes.prod(dim=1)
+    if device == "cpu":
+        positions = torch.tensor([line_tokens((rows.lengths[batch] - 1).tolist()) for batch in batches])
     largest, mean = int(positions.argmax()), float(positions.double().mean())
     tokens = sum(int(rows.lengths[batch].sum()) - len(batch) for batch in batches)
     targets = sum(int((rows.lengths - rows.contexts)[batch].sum()) for batch in batches) / len(batches)
     accumulated = arguments.get("accumulate_grad_batches") or 1
 
     count, width = map(int, sizes[largest])
-    heaviest = Shape(count, width, int(rows[batches[largest]].mask.sum()))
+    many = len(batches[largest]) if device == "cpu" else count
+    heaviest = Shape(many, -(-int(positions[largest]) // many), int(rows[batches[largest]].mask.sum()))
     process, measured = resident() if device == "cpu" else 0, None
     memory = count_step(config, settings, device, heaviest)[0]._replace(process=process)
     if micro_steps and device == "cpu" and memory.peak - process > psutil.virtual_memory().available:

@@ -41,8 +41,8 @@ class DataSettings:
     """Rows of a training batch, on each device."""
     eval_batch_size: int = 32
     """Rows of a validation batch, on each device."""
-    bucket: int = 100
-    """Batches among which rows are sorted by length; 0: no sorting."""
+    bucket: int = 0
+    """Batches among which rows are sorted by length, against padding on a GPU; a step then learns less."""
     pad_multiple: int = 4
     """Batches are padded to a multiple of so many tokens, so that few different shapes come up."""
     pack: bool = False

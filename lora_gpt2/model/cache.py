@@ -5,13 +5,16 @@ B rows, H heads, T new tokens, S cached tokens, D head size.
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, groupby, starmap
+from operator import mul
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_gpt2.model.attention import attend, causal_attention, fused_is_faster
+from lora_gpt2.model.attention import RowGroup, attend, causal_attention, fused_is_faster, plain_attention
 
 
 class LayerCache(Protocol):
@@ -65,28 +68,55 @@ class PackedRows:
         self.seen = ((row[:, :, None] == row[:, None]) & (tokens[:, None] >= tokens))[:, None]  # (B, 1, T, T)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
-        if fused_is_faster(q):
+        if fused_is_faster(q, q.size(2)):
             return F.scaled_dot_product_attention(q, k, v, self.seen, dropout_p=p)
         return attend(q, k, v, self.seen, p)
 
 
-class FlatBatches:
-    """No memory: batches of several widths lie one behind another in a single row of N tokens."""
+_LIKE, _WIDTHS = 0.6, 16
+"""Attention takes rows from this share of a longer one's tokens with it, padded to a multiple of that."""
 
-    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """`shapes`: (rows, tokens of each) of every batch."""
-        self.shapes = shapes
-        self.sizes = [math.prod(shape) for shape in shapes]
+
+class FlatRows:
+    """No memory: rows lie one behind another in a single line of N tokens, without padding."""
+
+    def __init__(self, lengths: Sequence[int], like: Tensor) -> None:
+        """`lengths` of the rows, best the longest first; `like` is where, and of the type, that is read."""
+        self.lengths, self._like = list(lengths), like
+
+    @cached_property
+    def _groups(self) -> tuple[list[RowGroup], Tensor]:
+        """The rows as attention takes them, and where the tokens of the line stand in them."""
+        members: list[list[int]] = []
+        for row, length in enumerate(self.lengths):
+            longest = self.lengths[members[-1][0]] if members else 0
+            if not _LIKE * longest <= length <= longest:
+                members.append([])
+            members[-1].append(row)
+        starts = list(accumulate(self.lengths, initial=0))
+        groups, back, before = [], [], 0
+        for rows in members:
+            steps = torch.arange(-(-self.lengths[rows[0]] // _WIDTHS) * _WIDTHS)
+            first, size = (torch.tensor([of[row] for row in rows])[:, None] for of in (starts, self.lengths))
+            real = steps < size  # (B, T)
+            places = (first + steps.minimum(size - 1)).flatten().to(self._like.device)
+            groups.append(RowGroup((len(rows), len(steps)), places, real[:, None, :, None].to(self._like)))
+            back.append(before + real.flatten().nonzero().squeeze(1))
+            before += real.numel()
+        return groups, torch.cat(back).to(self._like.device)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, p: float = 0.0) -> Tensor:
         """(1, H, N, D) each, and the result too."""
+        if p == 0 and q.requires_grad and not fused_is_faster(q, max(self.lengths)):
+            one_q, one_k, one_v = (x[0].transpose(0, 1) for x in (q, k, v))
+            return plain_attention(one_q, one_k, one_v, *self._groups).transpose(0, 1)[None]
+        shapes = [(len(list(same)), length) for length, same in groupby(self.lengths)]
         found = []
-        each = zip(self.shapes, *(torch.split(x[0], self.sizes, dim=1) for x in (q, k, v)), strict=True)
-        for shape, *batch in each:
-            one_q, one_k, one_v = (x.unflatten(1, shape).transpose(0, 1) for x in batch)  # (B, H, T, D)
-            read = causal_attention(one_q, one_k, one_v, p)
-            found.append(read.transpose(1, 2).flatten(0, 1))  # (B T, H, D)
-        return torch.cat(found).transpose(0, 1)[None]
+        each = (torch.split(x[0], list(starmap(mul, shapes)), dim=1) for x in (q, k, v))
+        for shape, *rows in zip(shapes, *each, strict=True):
+            one_q, one_k, one_v = (x.unflatten(1, shape).transpose(0, 1) for x in rows)  # (B, H, T, D)
+            found.append(causal_attention(one_q, one_k, one_v, p).transpose(0, 1).flatten(1, 2))
+        return torch.cat(found, dim=1)[None]
 
 
 _STEP = 32

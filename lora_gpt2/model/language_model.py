@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_gpt2.model.activation import compiled_gelu
-from lora_gpt2.model.cache import PackedRows
+from lora_gpt2.model.cache import LayerCache, PackedRows
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import TOKEN_TABLE, canonical, check_keys, is_lora
 from lora_gpt2.model.lora import LayerNorm, MergedLinear
@@ -234,7 +234,8 @@ class GPT2LMModel(nn.Module):
 
         `position_ids` (B, T) are given where rows are packed, and start again at 0 with each.
         """
-        return self.loss_at(input_ids, Targets.of(labels, mask), label_smooth, position_ids)
+        packed = None if position_ids is None else PackedRows(position_ids)
+        return self.loss_at(input_ids, Targets.of(labels, mask), label_smooth, position_ids, packed)
 
     def loss_at(
         self,
@@ -242,10 +243,11 @@ class GPT2LMModel(nn.Module):
         targets: Targets,
         label_smooth: float = 0.0,
         position_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """The mean loss of `targets` after `input_ids` (B, T)."""
-        packed = None if position_ids is None else [PackedRows(position_ids)] * self.config.n_layer
-        hidden = self.transformer.hidden_states(input_ids, position_ids, packed, kept=targets.positions)
+        """The mean loss of `targets` after `input_ids` (B, T); every layer's attention reads by `cache`."""
+        caches = None if cache is None else [cache] * self.config.n_layer
+        hidden = self.transformer.hidden_states(input_ids, position_ids, caches, kept=targets.positions)
         return self.lm_head.loss(hidden, targets, label_smooth)
 
     def completion_report(self, input_ids: Tensor, labels: Tensor, mask: Tensor) -> CompletionReport:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_gpt2.model.cache import FlatBatches
-from lora_gpt2.model.language_model import GPT2LMModel, Targets
+from lora_gpt2.model.cache import FlatRows
+from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
 from lora_gpt2.model.loss import total_weight
-from lora_gpt2.model.parts import Rows, split, sum_in_turn
+from lora_gpt2.model.parts import Line, Rows, lines, sum_in_turn
 
 
 class SideBySide:
@@ -59,43 +59,44 @@ class SideBySide:
 
         `rows` are not packed. Where they go in parts, a part of each model is computed at a time.
         """
-        split_rows = [split(model, one) for model, one in zip(self.models, rows, strict=True)]
+        each = [lines(model, one) for model, one in zip(self.models, rows, strict=True)]
         wholes = [total_weight(mask) for _, _, mask in rows]
         values = torch.zeros(len(rows), dtype=torch.float32, device=self._device)
 
         def turn_loss(turn: int) -> Tensor:
             """Of all models that have so many parts, at once."""
-            running = {k: parts[turn] for k, parts in enumerate(split_rows) if turn < len(parts)}
+            running = {k: parts[turn] for k, parts in enumerate(each) if turn < len(parts)}
             total = values.new_zeros(())
             for k, found in self._losses(running, label_smooth).items():
-                share = total_weight(running[k][2]) / wholes[k]
+                share = total_weight(running[k].targets.weights) / wholes[k]
                 values[k] += found.detach() * share
                 total = total + found * share
             return total
 
-        turns = [partial(turn_loss, turn) for turn in range(max(map(len, split_rows)))]
+        turns = [partial(turn_loss, turn) for turn in range(max(map(len, each)))]
         trained = (parameter for model in self.models for parameter in model.parameters())
         return sum_in_turn(turns, trained), values
 
-    def _losses(self, rows: Mapping[int, Rows], label_smooth: Sequence[float]) -> dict[int, Tensor]:
+    def _losses(self, running: Mapping[int, Line], label_smooth: Sequence[float]) -> dict[int, Tensor]:
         """The mean loss of some of the models, by their numbers."""
-        targets = {k: Targets.of(labels, mask) for k, (_, labels, mask) in rows.items()}
-        batches = FlatBatches([(len(ids), ids.size(1)) for ids, _, _ in rows.values()])
-        starts = accumulate(batches.sizes, initial=0)
-        kept = [start + one.positions for start, one in zip(starts, targets.values(), strict=False)]
-        asked = [len(one.labels) for one in targets.values()]
-        ids = torch.cat([ids.flatten() for ids, _, _ in rows.values()])[None]  # (1, N)
-        places = torch.cat([torch.arange(t, device=ids.device).repeat(b) for b, t in batches.shapes])
+        sizes = [one.ids.size(1) for one in running.values()]
+        starts = accumulate(sizes, initial=0)
+        kept = [start + one.targets.positions for start, one in zip(starts, running.values(), strict=False)]
+        asked = [len(one.targets.labels) for one in running.values()]
+        ids, positions = (
+            torch.cat(one, dim=1) for one in zip(*(one[:2] for one in running.values()), strict=True)
+        )
         transformer, head = self.models[0].transformer, self.models[0].lm_head
-        self._running = list(rows)
-        self._sizes = asked, batches.sizes
+        rows = FlatRows([n for one in running.values() for n in one.lengths], transformer.wte.weight)
+        self._running = list(running)
+        self._sizes = asked, sizes
         try:
-            caches = [batches] * len(transformer.h)
-            hidden = transformer.hidden_states(ids, places, caches, kept=torch.cat(kept))
+            caches = [rows] * len(transformer.h)
+            hidden = transformer.hidden_states(ids, positions, caches, kept=torch.cat(kept))
         finally:
             self._running = []
-        states = zip(targets.items(), torch.split(hidden, asked), strict=True)
-        return {k: head.loss(state, one, label_smooth[k]) for (k, one), state in states}
+        states = zip(running.items(), torch.split(hidden, asked), strict=True)
+        return {k: head.loss(state, one.targets, label_smooth[k]) for (k, one), state in states}
 
     def tokens_of_each(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The numbers of those running, and each one's part of x along N.

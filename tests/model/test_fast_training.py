@@ -234,19 +234,37 @@ def test_a_batch_in_parts_has_the_loss_and_gradients_of_the_whole(monkeypatch, o
 
 
 @pytest.mark.parametrize(
-    ("tokens", "shapes"),
+    ("tokens", "lengths"),
     [
-        (1, [(1, 23), (1, 23), (1, 16), (1, 16), (1, 8)]),
-        (50, [(2, 23), (2, 16), (1, 8)]),
-        (100, [(3, 23), (2, 16)]),
-        (115, [(5, 23)]),
+        (20, [[23 + 9], [17 + 15], [12 + 4], [9, 4 + 3]]),
+        (40, [[23, 17 + 8], [12, 9, 4 + 7]]),
+        (100, [[23, 17, 12, 9, 4 + 15]]),
     ],
 )
-def test_parts_have_like_lengths_and_no_more_tokens_than_they_may(monkeypatch, tokens, shapes):
+def test_a_line_holds_rows_without_padding_between_them(monkeypatch, tokens, lengths):
     monkeypatch.setattr(parts, "_HIDDEN_BYTES", tokens * 64 * 4)
-    found = parts.split(build(), (IDS, LABELS, UNEVEN))
-    assert [tuple(mask.shape) for _, _, mask in found] == shapes
-    assert sum(int(mask.sum()) for _, _, mask in found) == UNEVEN.sum()
+    found = parts.lines(build(), (IDS, LABELS, UNEVEN))
+    assert [line.lengths for line in found] == lengths
+    assert sum(float(line.targets.weights.sum()) for line in found) == UNEVEN.sum()
+    assert all(line.ids.size(1) == line.positions.size(1) == sum(line.lengths) for line in found)
+
+
+@pytest.mark.parametrize("longest", [60, 520])
+def test_a_line_of_short_and_long_rows_has_the_gradients_of_padded_ones(longest):
+    """From 512 tokens on attention is the fused kernel."""
+    torch.manual_seed(0)
+    config = GPT2Config(300, 600, 600, 32, 2, 4, lora_attn_dim=4, lora_attn_alpha=32)
+    ids = torch.randint(0, 300, (6, longest), generator=GENERATOR)
+    mask = torch.arange(longest) < torch.tensor([longest, 33, longest, 7, 48, 49])[:, None]
+    one, other = (GPT2LMModel(config).double() for _ in range(2))
+    for layer in one.lora_layers():
+        torch.nn.init.normal_(layer.lora_B, std=0.05)
+    other.load_state_dict(one.state_dict())
+    for model in (one, other):
+        model.train_only_lora()
+    value, expected = parts.loss_in_parts(one, (ids, ids, mask)), other.completion_loss(ids, ids, mask)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert furthest(gradients(one, value), gradients(other, expected)) < 1e-6
 
 
 @pytest.mark.parametrize("rows", [1, 2])
@@ -314,4 +332,4 @@ def test_memory_grows_with_a_part_and_not_with_the_batch(monkeypatch):
 
 def test_a_model_that_trains_whole_is_not_split():
     model = GPT2LMModel(GPT2Config(300, 64, 64, 64, 2, 4))
-    assert parts.rows_of_a_part(model, 1000, 64) == 1000
+    assert parts.parts_of(model, 64_000) == 1

@@ -75,7 +75,9 @@ def test_products_of_8_bit_integers(activation, bias):
     exact = exact if bias is None else exact + bias
     exact = torch.nn.functional.gelu(exact, approximate="tanh") if activation == "gelu" else exact
     assert bool(((layer(x) - exact).abs() <= 1.2 * bound + 1e-6).all())  # GELU's slope is below 1.2
-    assert torch.equal(layer(x)[1, 2:3], layer(x[1, 2:3]))
+    torch.testing.assert_close(
+        layer(x)[1, 2:3], layer(x[1, 2:3]), rtol=1e-6, atol=1e-6
+    )  # one kernel or another
 
 
 def test_8_bit_integers_are_refused_where_they_cannot_be_had():
