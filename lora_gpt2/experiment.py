@@ -77,7 +77,26 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
             notes = {"steps": trainer.global_step, "valid_loss": loss}
             runs.save(folder / name, modules[name], member, data.tokenizer, notes)
             screen.artefacts(folder / name)
+    if settings.score:
+        trainer.strategy.barrier()  # until the weights are there for all ranks
+        for name, member in members.items():
+            generate(_scoring(member, str(folder / name)), folder / name)
     return min((loss for loss in losses if loss is not None), default=None)
+
+
+def _scoring(settings: TrainSettings, run: str) -> GenerateSettings:
+    """How what a training left in `run` is decoded and scored."""
+    return GenerateSettings(
+        settings.data,
+        settings.decoding,
+        settings.trainer,
+        {name: node for name, node in settings.callbacks.items() if name == "progress"},
+        adapter=run if settings.lora.rank else None,
+        base=None if settings.lora.rank else run,
+        split=str(settings.score),
+        limit=settings.limit,
+        seed=settings.seed,
+    )
 
 
 def _module(settings: TrainSettings, config: GPT2Config, tokenizer: str) -> LanguageModeling:

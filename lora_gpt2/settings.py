@@ -53,6 +53,7 @@ class TrainSettings:
     trainer: dict[str, Any]
     callbacks: dict[str, Any]
     logger: dict[str, Any]
+    decoding: DecodingSettings
     base: str | None = None
     """Weights to start from: a run's folder, a file, a hub name; null: random weights."""
     base_may_lack: list[str] = field(default_factory=list)
@@ -63,6 +64,12 @@ class TrainSettings:
     """best: the weights of the lowest validation loss; last: those of the last step."""
     resume: str | None = None
     """A run's folder or a .ckpt file to go on from."""
+    score: str | None = None
+    """valid or test: decode that split with the trained weights, as `decoding` says, and score it."""
+    limit: int | None = None
+    """Score the first so many different contexts only."""
+    point: dict[str, Any] = field(default_factory=dict)
+    """Settings that a sweep changes together: -m point={seed:1,lora.rank:2},{seed:2,lora.rank:4}."""
     dry_run: bool = False
     """Print what would be trained, and stop."""
     seed: Any = 42
@@ -92,6 +99,9 @@ class TrainSettings:
             raise ValueError(f"{what}: leave precision out")
         if self.trainer.get("precision") in ("16-mixed", 16, "16") and self.trainer.get("gradient_clip_val"):
             raise ValueError("trainer.gradient_clip_val does not go with 16-mixed: use bf16-mixed")
+        if self.score not in (None, "train", "valid", "test"):
+            raise ValueError(f"score must be valid or test, or null, not {self.score}")
+        _check_limit(self.limit)
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
             raise ValueError("optimizer.lora_plus_ratio is of LoRA's B: set lora.rank, or leave it out")
@@ -170,14 +180,18 @@ class GenerateSettings:
             raise ValueError("neither adapter nor base is set: give the folder of a run, adapter=outputs/…")
         if self.split not in ("train", "valid", "test"):
             raise ValueError(f"split must be train, valid or test, not {self.split}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, not {self.limit}")
+        _check_limit(self.limit)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
 
 
 def register() -> None:
     """Makes the typed schemas known to Hydra, under the name that each group's files start from."""
     store = ConfigStore.instance()
-    store.store("train_schema", TrainSettings)
+    store.store("train_schema", _open_mappings(TrainSettings))
     store.store("generate_schema", _open_mappings(GenerateSettings))
     for group, schema in {
         "model": ModelSettings,
@@ -201,6 +215,8 @@ def _open_mappings(schema: type) -> DictConfig:
 def resolve(cfg: DictConfig, schema: type[S]) -> S:
     """The composed config as dataclasses. Raises ConfigError for a key, type or value that is wrong."""
     with user_errors():
+        for key, value in (cfg.get("point") or {}).items():
+            OmegaConf.update(cfg, key, value)
         faults = list(_unknown_keys(cfg, schema)) or list(_ill_typed(cfg, schema))
         if faults := faults or list(_unknown_arguments(cfg)):
             raise ConfigError("\n".join(faults))

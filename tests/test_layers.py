@@ -23,7 +23,7 @@ LAYERS = [
     {"runs"},
     {"costs"},
     {"experiment", "conversion", "plan"},
-    {"demo"},
+    {"demo", "jobs"},
     {"cli"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PAGES = [
     (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("adapters.md", "decoding.md", "performance.md")
+    for name in ("adapters.md", "decoding.md", "performance.md", "sweeps.md")
 ]
 
 
@@ -65,7 +65,7 @@ def small(command: str) -> list[str]:
     assert program == "python"
     if script == "train.py" and "--help" not in arguments:
         scratch = "scratch=e2e" in arguments
-        arguments = [argument for argument in arguments if not argument.startswith("base=")]
+        arguments = [argument for argument in arguments if not argument.startswith(("base=", "score="))]
         arguments += [*SMALL, *(["data.tokenizer=corpus:300"] if scratch else ["base=null"])]
     if script == "generate.py":
         arguments += ["decoding.eval_len=4", "decoding.beam_size=2"]

@@ -133,6 +133,12 @@ def figures(named: Mapping[str, str]) -> None:
     _console.print(table)
 
 
+def show(table: Table) -> None:
+    """Prints a table in its full width: a narrow screen wraps it, a file keeps it whole."""
+    wide = _console.options.update(max_width=1000)
+    Console(width=_console.measure(table, options=wide).maximum, markup=False).print(table)
+
+
 def _figure(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.4f}"
 

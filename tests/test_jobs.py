@@ -1,0 +1,184 @@
+"""Sweeps: each job runs once to its end, whatever happens in between, and one table tells of all."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import hydra
+import pytest
+
+from lora_gpt2 import cli, jobs
+from lora_gpt2.errors import UserError
+from lora_gpt2.jobs import Job, State
+from lora_gpt2.reporting import sweep
+from lora_gpt2.settings import register
+from tests.conftest import settings_of, train
+
+ROOT = Path(__file__).parents[1]
+
+
+class Work:
+    """Counts its calls, and fails where it is told to."""
+
+    def __init__(self, error: BaseException | None = None) -> None:
+        self.error, self.resumed = error, []
+
+    def __call__(self, settings, folder):
+        self.resumed.append(settings.resume)
+        if self.error is not None:
+            raise self.error
+        return 1.5
+
+
+@pytest.fixture
+def settings():
+    return settings_of("train", ["lora=qv"])
+
+
+def test_a_finished_job_is_not_done_again(tmp_path, settings, capsys):
+    work = Work()
+    assert [jobs.run(settings, tmp_path, work, once=True) for _ in range(2)] == [1.5, 1.5]
+    assert work.resumed == [None]
+    assert "finished already" in capsys.readouterr().out
+    assert jobs.run(settings, tmp_path, work, once=False) == 1.5, "alone a run is done again"
+    assert len(work.resumed) == 2
+
+
+@pytest.mark.parametrize("error", [UserError("data", "is wrong", "mend it"), KeyboardInterrupt()], ids=repr)
+def test_a_failed_job_says_why_and_is_done_again(tmp_path, settings, error):
+    with pytest.raises(type(error)):
+        jobs.run(settings, tmp_path, Work(error), once=True)
+    job = Job.read(tmp_path)
+    assert job.state is State.failed
+    assert type(error).__name__ in job.error
+    assert jobs.run(settings, tmp_path, Work(), once=True) == 1.5
+    assert Job.read(tmp_path).error is None
+
+
+def test_a_job_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, settings):
+    jobs.run(settings, tmp_path, Work(), once=True)
+    job = Job.read(tmp_path)
+    replace(job, state=State.running, process=2**22 + 1).write(tmp_path)  # no such process
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    work = Work()
+    jobs.run(settings, tmp_path, work, once=True)
+    assert work.resumed == [str(tmp_path)]
+
+
+def test_a_job_that_runs_and_one_of_other_settings_are_left_alone(tmp_path, settings):
+    jobs.run(settings, tmp_path, Work(), once=True)
+    other = settings_of("train", ["lora=qv", "lora.rank=2"])
+    with pytest.raises(UserError, match=r"holds a job of other settings; give another hydra.sweep.dir"):
+        jobs.run(other, tmp_path, Work(), once=True)
+    job = Job.read(tmp_path)
+    replace(job, state=State.running, process=os.getppid()).write(tmp_path)
+    with pytest.raises(UserError, match="is running already"):
+        jobs.run(settings, tmp_path, Work(), once=True)
+
+
+def test_what_does_not_decide_the_result_does_not_count(settings):
+    other = settings_of("train", ["lora=qv", "logger=none", "callbacks.progress.every=7", "resume=x"])
+    different = settings_of("train", ["lora=qv", "seed=7"])
+    keys = [Job(jobs._settings(one), State.running, "").key for one in (settings, other, different)]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_status_that_is_none_is_named(tmp_path):
+    (tmp_path / "status.json").write_text('{"state": 3}')
+    with pytest.raises(UserError, match=r"status.json: does not tell of a job; remove it"):
+        Job.read(tmp_path)
+    with pytest.raises(UserError, match="holds no jobs"):
+        jobs.jobs(tmp_path / "elsewhere")
+
+
+def test_points_and_ratios():
+    run = settings_of("train", ["lora=qv", "point={lora.rank:2,lora.alpha:8,optimizer.lr:0.1}"])
+    assert (run.lora.rank, run.lora.alpha, run.optimizer.lr) == (2, 8, 0.1)
+    assert settings_of("train", ["lora=qv", "lora.rank=8", "lora.alpha_ratio=2"]).lora.alpha == 16
+    several = settings_of("train", ["lora=qv", "lora.rank=[1,4]", "lora.alpha_ratio=2"])
+    assert [member.lora.alpha for member in several.members().values()] == [2, 8]
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Runs train.py or the tools in this process, without METEOR; returns the exit code and what was said."""
+    monkeypatch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
+
+    def call(function, *arguments: object) -> tuple[object, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *map(str, arguments)])
+        code: object = 0
+        try:
+            function()
+        except SystemExit as end:
+            code = end.code or 0
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return call
+
+
+def train_py() -> None:
+    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(jobs.launch)()
+
+
+def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, main):
+    """Of six jobs two fail: PiSSA cannot start a rank that large."""
+    arguments = [*tiny, "lora=qv", f"base={run / 'base'}", "trainer.max_epochs=1", "lora.init=pissa",
+                 "logger=none", "score=valid", "limit=3", "decoding.eval_len=6", "decoding.beam_size=2",
+                 "lora.rank=1,999,2", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]  # fmt: skip
+    register()
+    code, said = main(train_py, "-m", *arguments)
+    assert code == 1
+    assert "needs ranks of at most n_embd 16, not 999" in said
+    states = {name: job.state.value for name, job in jobs.jobs(tmp_path).items()}
+    assert list(states.values()) == ["finished"] * 2 + ["failed"] * 2 + ["finished"] * 2
+    assert all((tmp_path / name / "scores.json").is_file() == (states[name] == "finished") for name in states)
+    before = {name: (tmp_path / name / "status.json").stat().st_mtime_ns for name in "0145"}
+
+    replace(Job.read(tmp_path / "5"), state=State.running, process=2**22 + 1).write(tmp_path / "5")
+    (tmp_path / "4" / "status.json").unlink()
+    _, listed = main(cli.main, "sweep", "status", tmp_path)
+    assert ("cut off" in listed, "not begun" in listed, "2 of 6 are finished" in listed) == (True, True, True)
+    _, said = main(cli.main, "sweep", "resume", tmp_path)
+    assert said.count("finished already") == 2
+    after = {name: (tmp_path / name / "status.json").stat().st_mtime_ns for name in "0145"}
+    assert [name for name in before if before[name] != after[name]] == ["4", "5"]
+
+    code, printed = main(cli.main, "sweep", "table", tmp_path, "--by", "valid_loss", "--json")
+    assert code == 0
+    found = json.loads(printed)
+    assert sorted(point["settings"]["lora.rank"] for point in found) == [1, 2]
+    assert found[0]["mean"]["valid_loss"] <= found[1]["mean"]["valid_loss"]
+    assert all(len(values) == 2 for point in found for values in point["values"].values())
+    assert {"valid_loss", "bleu", "nist", "rouge_l", "cider"} <= found[0]["values"].keys()
+    _, shown = main(cli.main, "sweep", "table", tmp_path)
+    assert "lora.rank" in shown
+    assert "±" in shown
+
+
+def test_several_adapters_at_once_are_points_too(tmp_path, tiny, run):
+    arguments = [
+        *tiny,
+        "lora=qv",
+        f"base={run / 'base'}",
+        "lora.rank=[1,2]",
+        "trainer.max_epochs=1",
+        "logger=none",
+    ]
+    jobs.run(settings_of("train", arguments), tmp_path, lambda *_: train(tmp_path, *arguments), once=False)
+    found = sweep.points({place: job.settings for place, job in jobs.adapters(tmp_path).items()})
+    assert sorted(point.settings["lora.rank"] for point in found) == [1, 2]
+    assert {point.settings["lora.rank"]: point.parameters for point in found}[2] == 2 * min(
+        point.parameters for point in found
+    )
+    with pytest.raises(UserError, match="no run has meteor; there are valid_loss"):
+        sweep.points({place: job.settings for place, job in jobs.adapters(tmp_path).items()}, "meteor")
+
+
+def test_the_papers_figures_stand_beside_its_model_and_corpus():
+    assert sweep.TABLE_18[4]["bleu"] == 0.7038
+    assert list(sweep.TABLE_18) == [2**n for n in range(8)]
