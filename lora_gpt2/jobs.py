@@ -126,15 +126,17 @@ def run(
 
 def _finished(job: Job, folder: Path) -> Job | None:
     """The same job, finished in `folder` before. Raises UserError where it may not be begun there."""
-    earlier = Job.read(folder) if _first() else None
-    if earlier is None:
+    earlier = Job.read(folder)
+    if earlier is not None and earlier.key == job.key and earlier.state is State.finished:
+        return earlier
+    if earlier is None or not _first():
         return None
     if earlier.key != job.key:
         raise UserError(folder, "holds a job of other settings", "give another hydra.sweep.dir")
     if earlier.alive and earlier.process != os.getpid():
         what = f"is running already (process {earlier.process} on {earlier.host})"
         raise UserError(folder, what, f"wait for it, or remove its {STATUS_FILE}")
-    return earlier if earlier.state is State.finished else None
+    return None
 
 
 @contextmanager

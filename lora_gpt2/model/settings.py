@@ -51,8 +51,6 @@ class LoraSettings:
     """r, a whole number; 0: no LoRA, every weight trains. A list: several adapters at once."""
     alpha: Any = 32.0
     """The update is scaled by alpha / rank. A number or a list."""
-    alpha_ratio: float | None = None
-    """alpha as so many times the rank, in place of `alpha`: what a sweep over ranks may want."""
     dropout: Any = 0.0
     """On the input of A, while training. A number or a list."""
     rank_dropout: float = 0.0
@@ -71,6 +69,8 @@ class LoraSettings:
     """kaiming: A random, B zero; pissa, olora: the leading factors of the base's SVD or QR."""
     bias: LoraBias = LoraBias.none
     """Which biases train too: none, lora_only (of the adapted layers), all."""
+    alpha_ratio: float | None = None
+    """alpha as so many times the rank, in place of `alpha`: what a sweep over ranks may want."""
 
     def __post_init__(self) -> None:
         if self.alpha_ratio is not None:

@@ -80,7 +80,9 @@ def points(runs: Mapping[Path, Mapping[str, Any]], by: str | None = None) -> lis
         chosen = {name: settings.get(name) for name in names}
         found.append(Point(chosen, len(folders), _parameters(_weights(folders[0])), values, paper))
     known = list(dict.fromkeys(name for point in found for name in point.values))
-    by = by or ("bleu" if "bleu" in known else LOSS)
+    by = by or next((name for name in ("bleu", LOSS) if name in known), None)
+    if by is None:
+        return found
     if by not in known:
         raise UserError("--by", f"no run has {by}", f"there are {', '.join(known) or 'no figures yet'}")
     sign = 1 if by in _FALLING else -1
