@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.sweep_cli import app as sweep
 
 if TYPE_CHECKING:
     from lora_gpt2.settings import TrainSettings
@@ -20,12 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Adapt GPT-2 with LoRA to data-to-text generation. Experiments: train.py and generate.py.",
 )
-sweep = typer.Typer(
-    no_args_is_help=True, help="The jobs of python train.py -m …: their states, the rest, a table."
-)
 app.add_typer(sweep, name="sweep")
-
-SweepFolder = Annotated[Path, typer.Argument(help="Folder of the sweep: outputs/sweeps/…")]
 
 
 class Raw(str, Enum):
@@ -269,68 +265,6 @@ def demo(
     from lora_gpt2.demo import run
 
     run(output, again)
-
-
-@sweep.command()
-def status(folder: SweepFolder) -> None:
-    """List the jobs: which are finished, running, failed, or not begun."""
-    from rich.table import Table
-
-    from lora_gpt2 import jobs
-    from lora_gpt2.reporting.screen import show
-
-    planned = jobs.planned(folder)
-    found = jobs.jobs(folder)
-    table = Table("job", "settings", "state", "validation loss", "minutes", "error")
-    for number, overrides in enumerate(planned):
-        job = found.get(str(number))
-        if job is None:
-            table.add_row(str(number), " ".join(overrides), "not begun")
-            continue
-        state = "cut off" if job.state is jobs.State.running and not job.alive else job.state.value
-        loss = "" if job.valid_loss is None else f"{job.valid_loss:.4f}"
-        minutes = f"{job.seconds / 60:.1f}" if job.seconds else ""
-        table.add_row(str(number), " ".join(overrides), state, loss, minutes, job.error or "")
-    show(table)
-    finished = sum(job.state is jobs.State.finished for job in found.values())
-    typer.echo(f"{finished} of {len(planned)} are finished")
-
-
-@sweep.command()
-def resume(folder: SweepFolder) -> None:
-    """Run what is not finished; a job that was cut off goes on from its last checkpoint."""
-    import os
-
-    import hydra
-
-    from lora_gpt2 import jobs, settings
-
-    noted = jobs.sweep_of(folder).hydra
-    place = f"hydra.sweep.dir={folder.resolve()}"
-    sys.argv = ["train.py", *noted.overrides.hydra, *noted.overrides.task, place]
-    os.chdir(noted.runtime.cwd)  # paths in the settings are meant from there
-    settings.register()
-    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(jobs.launch)()
-
-
-@sweep.command()
-def table(
-    folder: SweepFolder,
-    by: Annotated[str | None, typer.Option(help="The metric that decides, e.g. nist or valid_loss.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
-) -> None:
-    """Compare what is finished: means and standard deviations over seeds, the best first."""
-    from lora_gpt2 import jobs
-    from lora_gpt2.reporting import sweep as results
-
-    finished = {place: job.settings for place, job in jobs.adapters(folder).items()}
-    if not finished:
-        raise UserError(folder, "holds no finished jobs", "see lora-gpt2 sweep status")
-    found = results.points(finished, by)
-    if as_json:
-        typer.echo(json.dumps(results.as_json(found), indent=2))
-    else:
-        results.table(found)
 
 
 def _composed(overrides: list[str]) -> "TrainSettings":

@@ -71,6 +71,13 @@ class Job:
             pass
         return True
 
+    def told(self) -> list[str]:
+        """Its state, validation loss, minutes and fault, as a table shows them."""
+        cut_off = self.state is State.running and not self.alive
+        loss = "" if self.valid_loss is None else f"{self.valid_loss:.4f}"
+        minutes = f"{self.seconds / 60:.1f}" if self.seconds else ""
+        return ["cut off" if cut_off else self.state.value, loss, minutes, self.error or ""]
+
     def write(self, folder: Path) -> None:
         write_json(folder / STATUS_FILE, {"key": self.key, **asdict(self)})
 

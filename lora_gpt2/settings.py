@@ -100,7 +100,7 @@ class TrainSettings:
         if self.trainer.get("precision") in ("16-mixed", 16, "16") and self.trainer.get("gradient_clip_val"):
             raise ValueError("trainer.gradient_clip_val does not go with 16-mixed: use bf16-mixed")
         if self.score not in (None, "train", "valid", "test"):
-            raise ValueError(f"score must be valid or test, or null, not {self.score}")
+            raise ValueError(f"score must be train, valid or test, or null, not {self.score}")
         _check_limit(self.limit)
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:

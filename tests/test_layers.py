@@ -24,6 +24,7 @@ LAYERS = [
     {"costs"},
     {"experiment", "conversion", "plan"},
     {"demo", "jobs"},
+    {"sweep_cli"},
     {"cli"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -95,6 +95,14 @@ def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
 
 
+def states(jobs: Sequence[Sequence[str]]) -> None:
+    """Prints a line for each job."""
+    shown = Table("job", "settings", "state", "validation loss", "minutes", "error")
+    for job in jobs:
+        shown.add_row(*job)
+    show(shown)
+
+
 def table(found: Sequence[Point]) -> None:
     """Prints a line for each point, with the standard deviation over its seeds; the paper's below it."""
     metrics = list(dict.fromkeys(name for point in found for name in point.values))
