@@ -79,7 +79,7 @@ def lines(model: GPT2LMModel, rows: Rows) -> list[Line]:
     ids, labels, mask, *positions = rows
     if not ids.is_cpu:
         places = torch.arange(ids.size(1), device=ids.device).repeat(len(ids))
-        return [Line(ids.view(1, -1), places[None], Targets.of(labels, mask), [ids.size(1)] * len(ids))]
+        return [Line(ids.reshape(1, -1), places[None], Targets.of(labels, mask), [ids.size(1)] * len(ids))]
     found = _rows_with_targets(mask, *positions)
     total, before = sum(length for _, length in found), 0
     parts: list[list[tuple[int, int]]] = [[] for _ in range(parts_of(model, total))]
