@@ -10,6 +10,7 @@ matrix products per second (MFU), and peak memory. `lightning` is `ours` under l
 `four-adapters` trains ranks 1, 2, 4 and 8 side by side, with a batch for each.
 All get random batches; PEFT's are padded to their longest row, as transformers' Trainer has them by default.
 `peft-grouped` gets batches of like lengths. `--output FOLDER` keeps the figures.
+`--smoke` runs every program for a few steps on a small card, to see that all run; the figures say nothing.
 """
 
 import argparse
@@ -34,7 +35,15 @@ CPU_PROGRAMS = [
     "peft:bfloat16",
     "peft-grouped:bfloat16",
 ]
-GPU_PROGRAMS = ["ours:bfloat16", "lightning:bfloat16", "peft:bfloat16", "peft-compiled:bfloat16"]
+GPU_PROGRAMS = [
+    "ours:bfloat16",
+    "ours-compiled:bfloat16",
+    "lightning-compiled:bfloat16",
+    "four-adapters:bfloat16",
+    "peft:bfloat16",
+    "peft-compiled:bfloat16",
+]
+SMOKE = {"model": "gpt2.mini", "batch": 2, "steps": 2, "warm": 1, "repeats": 1}
 
 
 def main() -> None:
@@ -52,8 +61,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--smoke", action="store_true", help="all programs, a few steps of a small card")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.smoke:
+        vars(options).update(SMOKE, programs=options.programs or sorted({*CPU_PROGRAMS, *GPU_PROGRAMS}))
     if options.one:
         measure(options, *options.one.split(":"))
     else:
@@ -72,7 +84,7 @@ def compare(options: argparse.Namespace) -> tuple[dict[str, list[dict[str, Any]]
             found = json.loads(done.stdout.splitlines()[-1])
             results[program].append(found)
             print(
-                f"run {repeat + 1}  {program:<24} {found['rows_per_second']:8.2f} rows/s"
+                f"run {repeat + 1}  {program:<28} {found['rows_per_second']:8.2f} rows/s"
                 f"  {found['peak_gb']:.2f} GB  last loss {found['loss']:.3f}",
                 flush=True,
             )
@@ -96,7 +108,7 @@ def report(
     }
     for dtype, limit in limits.items():
         print(f"{dtype}: {limit / 1e12:.2f} TFLOP/s in a large matrix product")
-    print(f"\n{'program':<24} {'rows/s':>8} {'spread':>15} {'x peft':>8} {'MFU':>6} {'peak GB':>8}")
+    print(f"\n{'program':<28} {'rows/s':>8} {'spread':>15} {'x peft':>8} {'MFU':>6} {'peak GB':>8}")
     for program, runs in results.items():
         dtype = program.split(":")[1]
         rows = [run["rows_per_second"] for run in runs]
@@ -105,7 +117,7 @@ def report(
         use = statistics.median(run["flops"] for run in runs) / limits[dtype]
         spread = f"{min(rows):.1f}-{max(rows):.1f}"
         memory = max(run["peak_gb"] for run in runs)
-        print(f"{program:<24} {speed[program]:>8.2f} {spread:>15} {ratio:>8} {use:>6.1%} {memory:>8.2f}")
+        print(f"{program:<28} {speed[program]:>8.2f} {spread:>15} {ratio:>8} {use:>6.1%} {memory:>8.2f}")
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         named = {**vars(options), "rows": options.rows and options.rows.name}
