@@ -5,15 +5,12 @@ import math
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.sweep_cli import app as sweep
-
-if TYPE_CHECKING:
-    from lora_gpt2.settings import TrainSettings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -54,6 +51,9 @@ class Form(str, Enum):
     peft = "peft"
     reference = "reference"
 
+
+_LIVE = 10
+"""Seconds between two pages of a run that is under way."""
 
 BASE_HELP = "Its base, if it is not where it was in training."
 
@@ -160,8 +160,9 @@ def import_(
 ) -> None:
     """Take an adapter from PEFT or from the published scripts."""
     from lora_gpt2 import conversion
+    from lora_gpt2.settings import composed
 
-    card = _composed([f"model={model}"]).model if model is not None else None
+    card = composed([f"model={model}"]).model if model is not None else None
     if base is not None:
         below = conversion.open_base(base, card, tokenizer)
     elif form is Form.reference and card is not None:
@@ -240,8 +241,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Say what an experiment costs before it runs: parameters, memory, steps, padding, operations, time."""
-    settings = _composed(overrides or [])
+    from lora_gpt2.settings import composed
 
+    settings = composed(overrides or [])  # a wrong one is told before torch is loaded
     import torch
 
     from lora_gpt2.plan import plan as make
@@ -255,6 +257,29 @@ def plan(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a run or of a sweep.")],
+    output: Annotated[Path | None, typer.Option(help="The page; default: report.html there.")] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="A scored run to compare with; default: the best of the sweep.")
+    ] = None,
+    live: Annotated[
+        bool, typer.Option(help="Write it again every ten seconds while jobs are running.")
+    ] = False,
+) -> None:
+    """Write one page of HTML: settings, curves, scores and how sure they are, texts, how to repeat it."""
+    import time
+
+    from lora_gpt2.report.page import write
+
+    page = output or folder / "report.html"
+    while write(folder, page, baseline, refresh=_LIVE if live else None) and live:
+        typer.echo(f"in {page}, again in {_LIVE} seconds")
+        time.sleep(_LIVE)
+    typer.echo(f"in {page}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the artefacts.")] = Path("outputs/demo"),
     again: Annotated[
@@ -265,21 +290,6 @@ def demo(
     from lora_gpt2.demo import run
 
     run(output, again)
-
-
-def _composed(overrides: list[str]) -> "TrainSettings":
-    """The settings of ``python train.py OVERRIDES``."""
-    from hydra import compose, initialize_config_module
-    from hydra.errors import HydraException
-
-    from lora_gpt2 import settings
-
-    settings.register()
-    try:
-        with initialize_config_module("configs", version_base="1.3"):
-            return settings.resolve(compose("train", overrides), settings.TrainSettings)
-    except HydraException as error:
-        raise UserError("settings", str(error).strip(), "see python train.py --help") from None
 
 
 def _weights(given: str | None, count: int) -> list[float]:

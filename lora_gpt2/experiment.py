@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,18 @@ from torch.utils.data import DataLoader
 
 from lora_gpt2 import runs
 from lora_gpt2.data.config import Corpus
-from lora_gpt2.data.jsonl import TextRow, read_text_rows
 from lora_gpt2.data.module import DataToText
 from lora_gpt2.decoding.predictions import Decoding, Parts, Queries, write_predictions
 from lora_gpt2.decoding.state import Hypothesis
 from lora_gpt2.errors import UserError
-from lora_gpt2.evaluation import text_files
-from lora_gpt2.evaluation.scorer import score_by_part, score_e2e, scores_as_dict
+from lora_gpt2.evaluation.scorer import figures
 from lora_gpt2.files import write_json
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.reporting import screen
+from lora_gpt2.scoring import Asked
 from lora_gpt2.settings import GenerateSettings, TrainSettings
-from lora_gpt2.training.callbacks import Progress
+from lora_gpt2.training.callbacks import Progress, RanksAgree
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
 from lora_gpt2.weights.pretrained import build_base
@@ -63,24 +63,28 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
     module = AdaptersTogether(modules) if len(modules) > 1 else modules[""]
-    callbacks = _callbacks(settings.callbacks, folder)
-    trainer = _trainer(settings.trainer, callbacks, _logger(settings, folder), folder)
     checkpoint = runs.checkpoint_file(settings.resume)
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-    finally:
-        for one in modules.values():  # where the fit did not come to its end
-            one.model.unpack()
-    losses = runs.keep_weights(trainer, module, settings.keep, folder)
-    if trainer.is_global_zero:
-        for (name, member), loss in zip(members.items(), losses, strict=True):
-            notes = {"steps": trainer.global_step, "valid_loss": loss}
-            runs.save(folder / name, modules[name], member, data.tokenizer, notes)
-            screen.artefacts(folder / name)
-    if settings.score:
+    runs.write_provenance(folder, data)
+    with _logged(settings, folder) as logger:
+        callbacks = [RanksAgree(settings.decisive()), *_callbacks(settings.callbacks, folder)]
+        trainer = _trainer(settings.trainer, callbacks, logger, folder)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        finally:
+            for one in modules.values():  # where the fit did not come to its end
+                one.model.unpack()
+        losses = runs.keep_weights(trainer, module, settings.keep, folder)
+        if trainer.is_global_zero:
+            for (name, member), loss in zip(members.items(), losses, strict=True):
+                notes = {"steps": trainer.global_step, "valid_loss": loss}
+                runs.save(folder / name, modules[name], member, data.tokenizer, notes)
+                screen.artefacts(folder / name)
         trainer.strategy.barrier()  # until the weights are there for all ranks
-        for name, member in members.items():
-            generate(_scoring(member, str(folder / name)), folder / name)
+        for name, member in members.items() if settings.score else ():
+            scores = generate(_scoring(member, str(folder / name)), folder / name)
+            if logger is not None and scores is not None:
+                prefix = "/".join(filter(None, [settings.score, name]))
+                logger.log_metrics({f"{prefix}/{key}": value for key, value in figures(scores).items()})
     return min((loss for loss in losses if loss is not None), default=None)
 
 
@@ -140,7 +144,12 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
     path, clean = folder / "predictions.jsonl", data.tokenizer.clean
     write_predictions(path, queries, parts, clean, settings.decoding)
     texts = [clean(parts.outputs(number)[0].tokens) for number in range(len(queries))]
-    scores = _evaluate(folder, data, settings.split, queries, texts)
+    asked = Asked.of(data, settings.split, queries)
+    asked.write(folder, texts)
+    scores = asked.scores(texts)
+    write_json(folder / "scores.json", scores)
+    screen.scores(scores)
+    screen.artefacts(folder)
     parts.remove()
     return scores
 
@@ -175,24 +184,27 @@ def _trainer(
     return instantiate(arguments, default_root_dir=str(folder), callbacks=callbacks, logger=logger or False)
 
 
-def _logger(settings: TrainSettings, folder: Path) -> Logger | None:
-    """The logger, with every setting noted in it."""
+@contextmanager
+def _logged(settings: TrainSettings, folder: Path) -> Iterator[Logger | None]:
+    """The logger, with every setting noted in it; one that has a `close` hears how it ended."""
     if not settings.logger:
-        return None
+        yield None
+        return
     runs.keep_metrics(folder)
-    logger: Logger = _build(settings.logger, save_dir=str(folder), name="", version="")
+    logger: Logger = _build(
+        settings.logger, save_dir=str(folder), name="", version="", resume=settings.resume
+    )
+    close = getattr(logger, "close", lambda failed: None)
     try:
         logger.log_hyperparams(json.loads(json.dumps(asdict(settings))))
-    except Exception as error:
-        if not type(error).__module__.startswith("wandb"):
-            raise
-        raise UserError(
-            "logger", f"W&B says: {error}", "see wandb login, or set logger.offline=true"
-        ) from None
-    return logger
+        yield logger
+    except BaseException:
+        close(failed=True)
+        raise
+    close(failed=False)
 
 
-def _build(node: Any, **where: str) -> Any:
+def _build(node: Any, **where: str | None) -> Any:
     """An object from its `_target_`; of `where`, those places that it takes and that are not set."""
     if not isinstance(node, dict):
         return node
@@ -266,29 +278,3 @@ def _decode(
     loader = DataLoader(queries, sampler=share, batch_size=None)
     trainer.predict(decoding, loader, return_predictions=False)
     trainer.strategy.barrier()
-
-
-def _evaluate(
-    folder: Path, data: DataToText, split: str, queries: Queries, texts: list[str]
-) -> dict[str, Any]:
-    """Writes hypotheses, references and scores of the decoded contexts; shows the scores."""
-    rows: list[TextRow] = list(read_text_rows(data.folder / f"{split}.text.jsonl"))
-    references: list[list[str]] = [[] for _ in texts]
-    parts = ["all"] * len(texts)
-    for row, number in queries.of_row.items():
-        if text := rows[row].completion.strip():  # one of DART's texts is empty
-            references[number].append(text)
-        parts[number] = rows[row].part or "all"
-    contexts = {number: rows[row].context for row, number in reversed(queries.of_row.items())}
-    text_files.write_predictions(folder / "contexts.txt", [contexts[i] for i in range(len(texts))])
-    text_files.write_predictions(folder / "hypotheses.txt", texts)
-    text_files.write_references(folder / "references.txt", references)
-    if data.meta["corpus"] in ("webnlg", "dart"):
-        by_part = score_by_part(texts, references, parts)
-        scores = {part: scores_as_dict(values, references) for part, values in by_part.items()}
-    else:
-        scores = scores_as_dict(score_e2e(texts, references), references)
-    write_json(folder / "scores.json", scores)
-    screen.scores(scores)
-    screen.artefacts(folder)
-    return scores

@@ -4,16 +4,23 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import hydra
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -26,14 +33,13 @@ STATUS_FILE = "status.json"
 _SWEEP_FILE = "multirun.yaml"
 """What Hydra leaves in a sweep's folder."""
 
-_WITHOUT_EFFECT = ("logger.", "callbacks.", "data.cache", "point.", "resume", "dry_run")
-"""Settings that do not decide what comes out."""
-
 
 class State(str, Enum):
     running = "running"
     finished = "finished"
     failed = "failed"
+    pruned = "pruned"
+    """A search gave it up: others did better by then."""
 
 
 @dataclass
@@ -95,15 +101,73 @@ class Job:
             raise UserError(path, "does not tell of a job", "remove it: the job runs again") from None
 
 
+def main() -> None:
+    """What ``train.py`` is, and ``python -m lora_gpt2.jobs``."""
+    gate.register()
+    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch)()
+
+
 def launch(cfg: DictConfig) -> float | None:
     """The experiment that Hydra composed, in the folder that Hydra chose."""
-    resolved = gate.resolve(cfg, TrainSettings)
-    from lora_gpt2 import experiment  # here, so that a wrong setting is reported before torch is loaded
-
-    here = HydraConfig.get()
+    resolved, here = gate.resolve(cfg, TrainSettings), HydraConfig.get()
+    in_sweep = here.mode is RunMode.MULTIRUN
     with gate.user_errors():
-        once = here.mode is RunMode.MULTIRUN
-        return run(resolved, Path(here.runtime.output_dir), experiment.train, once)
+        if in_sweep and _under_torchrun():
+            do = "start the sweep without it: each of its jobs starts its own processes"
+            raise UserError("torchrun", "would run the whole sweep in each of its processes", do)
+        if in_sweep:
+            _name_for_dashboards(here)
+        work = partial(_in_a_process, here) if in_sweep and _starts_processes(resolved.trainer) else _here
+        return run(resolved, Path(here.runtime.output_dir), work, once=in_sweep)
+
+
+def _here(settings: TrainSettings, folder: Path) -> float | None:
+    from lora_gpt2 import experiment  # so late that a wrong setting is reported before torch is loaded
+
+    return experiment.train(settings, folder)
+
+
+def _name_for_dashboards(here: HydraConf) -> None:
+    """W&B takes these where the settings name no group and no run."""
+    given = _parsed(sweep_of(Path(here.sweep.dir)).hydra.overrides.task)
+    of_all = {one.get_key_element() for one in given if not one.is_sweep_override()}
+    own = [one for one in _parsed(here.overrides.task) if one.get_key_element() not in of_all]
+    os.environ["WANDB_RUN_GROUP"] = Path(here.sweep.dir).name
+    os.environ["WANDB_NAME"] = " ".join(str(one.input_line) for one in own)
+
+
+def _under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _starts_processes(trainer: dict[str, Any]) -> bool:
+    """Whether Lightning would start the other ranks by the command line of this process, sweep and all."""
+    strategy = str(trainer.get("strategy") or "auto")
+    spawned = strategy.endswith(("spawn", "fork", "notebook"))  # those do without a command line
+    there_already = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
+    return trainer.get("devices") not in (1, "1") and not spawned and not there_already
+
+
+def _in_a_process(here: HydraConf, settings: TrainSettings, folder: Path) -> float | None:
+    """Trains as a run of its own, whose ranks know nothing of the sweep. Raises UserError where it fails."""
+    resume = [] if settings.resume is None else [f"resume={quoted(settings.resume)}"]
+    own = [f"hydra.run.dir={quoted(folder)}", "hydra.mode=RUN", "hydra.output_subdir=null"]
+    command = [sys.executable, "-m", __spec__.name, *here.overrides.task, *resume, *own]
+    process = subprocess.Popen(command, cwd=here.runtime.cwd)
+    try:
+        code = process.wait()
+    finally:
+        process.terminate()
+        process.wait()
+    ended = Job.read(folder)
+    if code or ended is None:
+        raise UserError(folder, f"its processes ended with exit code {code}", "see what they said above")
+    return ended.valid_loss
+
+
+def quoted(value: object) -> str:
+    """As Hydra's command line takes any text."""
+    return "'" + str(value).replace("'", "\\'") + "'"
 
 
 def run(
@@ -117,7 +181,7 @@ def run(
     if settings.dry_run:
         return work(settings, folder)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    job = Job(_settings(settings), State.running, started, process=os.getpid(), host=socket.gethostname())
+    job = Job(settings.decisive(), State.running, started, process=os.getpid(), host=socket.gethostname())
     if once and (earlier := _finished(job, folder)) is not None:
         print(f"{folder} is finished already: nothing to do")
         return earlier.valid_loss
@@ -127,7 +191,7 @@ def run(
         job.valid_loss = work(settings, folder)
     for name, member in settings.members().items():
         if name and _first():
-            replace(job, settings=_settings(member)).write(folder / name)
+            replace(job, settings=member.decisive()).write(folder / name)
     return job.valid_loss
 
 
@@ -156,7 +220,8 @@ def _noted(job: Job, folder: Path) -> Iterator[None]:
         yield
         job.state = State.finished
     except BaseException as error:
-        job.state, job.error = State.failed, f"{type(error).__name__}: {error}"
+        pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which need not be installed
+        job.state, job.error = State.pruned if pruned else State.failed, f"{type(error).__name__}: {error}"
         raise
     finally:
         job.seconds = round(time.monotonic() - start, 1)
@@ -199,30 +264,33 @@ def sweep_of(folder: Path) -> DictConfig:
     return found
 
 
-def planned(folder: Path) -> list[list[str]]:
-    """The overrides of each job of a sweep, in their order."""
+def planned(folder: Path) -> dict[str, list[str]]:
+    """The overrides of each job of a sweep or a search, in their order, by the names of their folders."""
+    if not (folder / _SWEEP_FILE).is_file():
+        return {name: _overrides(folder / name) for name in jobs(folder)}
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    hydra = sweep_of(folder).hydra
-    given = [f"{name}={values}" for name, values in (hydra.sweeper.params or {}).items()]
-    parsed = OverridesParser.create().parse_overrides([*given, *hydra.overrides.task])
-    return [overrides for batch in BasicSweeper.split_arguments(parsed, None) for overrides in batch]
-
-
-def _settings(settings: TrainSettings) -> dict[str, Any]:
-    flat = dict(_flat(json.loads(json.dumps(asdict(settings)))))
-    return {name: value for name, value in flat.items() if not name.startswith(_WITHOUT_EFFECT)}
+    noted = sweep_of(folder).hydra
+    given = [f"{name}={values}" for name, values in (noted.sweeper.params or {}).items()]
+    batches = BasicSweeper.split_arguments(_parsed([*given, *noted.overrides.task]), None)
+    each = [overrides for batch in batches for overrides in batch]
+    return {str(number): overrides for number, overrides in enumerate(each)}
 
 
-def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", value
+def _parsed(overrides: Iterable[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _overrides(place: Path) -> list[str]:
+    """What Hydra noted of one job."""
+    path = place / ".hydra" / "overrides.yaml"
+    return list(map(str, OmegaConf.load(path))) if path.is_file() else []
 
 
 def _first() -> bool:
     """Whether this is the first of several processes: torchrun, Lightning and SLURM say it so."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -82,3 +83,8 @@ def most_resident() -> int:
         return 1024 * int(found[1])
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
+
+
+def peak(device: torch.device) -> int:
+    """The most bytes that this process ever took on a GPU, or, elsewhere, of the machine's memory."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else most_resident()

@@ -2,26 +2,61 @@
 
 import inspect
 import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import get_object
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
+from lora_gpt2.data.module import DataToText
 from lora_gpt2.data.tokenizer import MERGES_FILES, Tokenizer
 from lora_gpt2.errors import UserError
+from lora_gpt2.files import write_json
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import LoraSettings, Precision, gpt2_config
 from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
+from lora_gpt2.training.callbacks import BestCheckpoints
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
 from lora_gpt2.weights.adapter import describe_adapter, open_adapter
 from lora_gpt2.weights.pretrained import build_base, check_tokenizer, describe_base
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, Description, find, save_adapter, save_model
+
+PROVENANCE_FILE = "provenance.json"
+"""What a run needs to be done again, beside its settings."""
+
+_PACKAGES = "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "tokenizers", "lora-gpt2"
+
+
+@rank_zero_only
+def write_provenance(folder: Path, data: DataToText) -> None:
+    """Writes command, versions, commit, machine, and the hashes of corpus and tokenizer."""
+    source = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=source, capture_output=True, text=True, check=False
+    )
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    written = {
+        "command": shlex.join(sys.argv),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+        "python": platform.python_version(),
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{gpu}",
+        "corpus": data.folder.name,
+        "tokenizer": data.tokenizer.sha256,
+    }
+    write_json(folder / PROVENANCE_FILE, written)
 
 
 def tokenizer_of(source: str | None) -> str:
@@ -132,20 +167,21 @@ def keep_weights(
 ) -> list[float | None]:
     """Saves the last state for a later resume, and puts the weights to keep into `module`.
 
-    Returns each member's lowest validation loss; None when none was taken (then the last weights are kept).
+    Returns the validation loss of each member's best weights; None when none was taken (then the last weights
+    are kept).
     """
     trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
     if isinstance(module, AdaptersTogether):
         if keep is Keep.best:
             module.keep_best()
         return [loss if math.isfinite(loss) else None for loss in module.lowest]
-    best = next((c for c in trainer.checkpoint_callbacks if getattr(c, "monitor", None)), None)
-    if not isinstance(best, ModelCheckpoint) or best.best_model_score is None:
+    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoints)), None)
+    if best is None or best.best_model_score is None:
         return [None]
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     if keep is Keep.best:
-        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(checkpoint["state_dict"], strict=False)
-    return [float(best.best_model_score)]
+    return [checkpoint.get("valid_loss")]
 
 
 def save(

@@ -5,14 +5,16 @@ Torch-free: a wrong key, type or value stops the run in a second. Owns no defaul
 
 import difflib
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
+from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
-from hydra.errors import CompactHydraException
+from hydra.errors import CompactHydraException, HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +30,9 @@ S = TypeVar("S")
 
 TOGETHER = {"lora.rank": int, "lora.alpha": float, "lora.dropout": float, "optimizer.lr": float, "seed": int}
 """Settings of training that may be lists, a value for each of several adapters over one base."""
+
+WITHOUT_EFFECT = ("logger.", "callbacks.", "data.cache", "point.", "resume", "dry_run")
+"""How the names of settings begin that do not decide what training gives."""
 
 FULL_PRECISION = (None, "32-true", "32", 32)
 """What `trainer.precision` says where Lightning converts nothing."""
@@ -105,6 +110,11 @@ class TrainSettings:
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
             raise ValueError("optimizer.lora_plus_ratio is of LoRA's B: set lora.rank, or leave it out")
+
+    def decisive(self) -> dict[str, Any]:
+        """Every setting that decides what training gives, by its dotted name."""
+        flat = dict(_flat(json.loads(json.dumps(asdict(self)))))
+        return {name: value for name, value in flat.items() if not name.startswith(WITHOUT_EFFECT)}
 
     def members(self) -> dict[str, "TrainSettings"]:
         """The experiment of each adapter, under a name that says its values; "" where there is but one.
@@ -212,6 +222,16 @@ def _open_mappings(schema: type) -> DictConfig:
     return cast(DictConfig, cfg)
 
 
+def composed(overrides: list[str]) -> TrainSettings:
+    """The settings of ``python train.py OVERRIDES``. Raises UserError for overrides that are wrong."""
+    register()
+    try:
+        with initialize_config_module("configs", version_base="1.3"):
+            return resolve(compose("train", overrides), TrainSettings)
+    except HydraException as error:
+        raise UserError("settings", str(error).strip(), "see python train.py --help") from None
+
+
 def resolve(cfg: DictConfig, schema: type[S]) -> S:
     """The composed config as dataclasses. Raises ConfigError for a key, type or value that is wrong."""
     with user_errors():
@@ -265,6 +285,14 @@ def _number(value: Any, kind: type) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1):
         return None
     return kind(value)
+
+
+def _flat(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", value
 
 
 def _get(settings: Any, key: str) -> Any:

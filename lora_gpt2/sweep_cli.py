@@ -25,9 +25,9 @@ def status(folder: SweepFolder) -> None:
 
     planned, found = jobs.planned(folder), jobs.jobs(folder)
     lines = []
-    for number, overrides in enumerate(planned):
-        told = found[str(number)].told() if str(number) in found else ["not begun"]
-        lines.append([str(number), " ".join(overrides), *told])
+    for name, overrides in planned.items():
+        told = found[name].told() if name in found else ["not begun"]
+        lines.append([name, " ".join(overrides), *told])
     sweep.states(lines)
     finished = sum(job.state is jobs.State.finished for job in found.values())
     typer.echo(f"{finished} of {len(planned)} are finished")
@@ -36,16 +36,39 @@ def status(folder: SweepFolder) -> None:
 @app.command()
 def resume(folder: SweepFolder) -> None:
     """Run what is not finished; a job that was cut off goes on from its last checkpoint."""
-    import hydra
-
-    from lora_gpt2 import jobs, settings
+    from lora_gpt2 import jobs
 
     noted = jobs.sweep_of(folder).hydra
     place = f"hydra.sweep.dir={folder.resolve()}"
     sys.argv = ["train.py", *noted.overrides.hydra, *noted.overrides.task, place]
     os.chdir(noted.runtime.cwd)  # paths in the settings are meant from there
-    settings.register()
-    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(jobs.launch)()
+    jobs.main()
+
+
+@app.command(context_settings={"ignore_unknown_options": True})
+def search(
+    folder: Annotated[Path, typer.Argument(help="Where the trials go; a search there goes on.")],
+    overrides: Annotated[
+        list[str], typer.Argument(help="As for train.py; choice(…), range(…), interval(…) are searched.")
+    ],
+    trials: Annotated[int, typer.Option(help="How many, those of earlier times included.", min=1)] = 20,
+    by: Annotated[
+        str, typer.Option(help="What decides: valid_loss, or bleu with score=valid.")
+    ] = "valid_loss",
+    seed: Annotated[int, typer.Option(help="Of the choices, not of the trainings.")] = 0,
+) -> None:
+    """Search for the best settings with Optuna; trials that fall behind are given up."""
+    try:
+        from lora_gpt2.search import search as run
+    except ImportError:
+        raise UserError("search", "needs Optuna", 'pip install "lora-gpt2[search]"') from None
+    study = run(folder, overrides, trials, by, seed)
+    done = [trial for trial in study.get_trials(deepcopy=False) if trial.values]
+    if not done:
+        raise UserError(folder, "no trial came to its end", "see what they said above")
+    best = study.best_trial
+    chosen = " ".join(f"{key}={value}" for key, value in best.params.items())
+    typer.echo(f"best of {len(done)}: {by} {best.value:.4f} with {chosen}\nin {folder / str(best.number)}")
 
 
 @app.command()

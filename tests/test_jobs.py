@@ -82,7 +82,7 @@ def test_a_job_that_runs_and_one_of_other_settings_are_left_alone(tmp_path, sett
 def test_what_does_not_decide_the_result_does_not_count(settings):
     other = settings_of("train", ["lora=qv", "logger=none", "callbacks.progress.every=7", "resume=x"])
     different = settings_of("train", ["lora=qv", "seed=7"])
-    keys = [Job(jobs._settings(one), State.running, "").key for one in (settings, other, different)]
+    keys = [Job(one.decisive(), State.running, "").key for one in (settings, other, different)]
     assert keys[0] == keys[1] != keys[2]
 
 

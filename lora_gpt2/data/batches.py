@@ -129,14 +129,14 @@ def _rounded_up(tokens: int, multiple: int, most: int) -> int:
 
 
 class LengthBuckets(Sampler[list[int]]):
-    """Lists of row numbers, each row once an epoch over all ranks together, like lengths side by side.
+    """Lists of row numbers, each row once an epoch: one rank's share of batches that all `ranks` share.
 
     Rows are shuffled, cut into buckets of `bucket` batches, sorted by length inside a bucket, cut into
-    batches, and the batches shuffled again. Every rank gets the same number of batches, as gradient
-    exchange needs: the sizes then differ by one row at most and none exceeds `batch_size`. The order
-    depends on `seed` and the epoch alone. `bucket` 0 turns sorting off; without `shuffle` rows come
-    longest first, and of fewer rows than ranks some ranks get none. An epoch that was interrupted goes on
-    behind the first `skip()` batches.
+    batches, and the batches shuffled again; `bucket` 0 turns sorting off. The order depends on `seed` and
+    the epoch alone, and so does a batch: it has the same rows over one device and over many. Sizes differ by
+    one row at most and none exceeds `batch_size`. Without `shuffle` rows come longest first, and where a
+    batch has fewer rows than ranks, some ranks have none. An epoch that was interrupted goes on behind the
+    first `skip()` batches.
     """
 
     def __init__(
@@ -151,36 +151,36 @@ class LengthBuckets(Sampler[list[int]]):
         ranks: int = 1,
         skip: Callable[[], int] = lambda: 0,
     ) -> None:
+        """Raises UserError where a batch to train on has no row for some rank."""
         self.lengths, self.batch_size, self.shuffle = lengths, batch_size, shuffle
         self.seed, self.bucket, self.rank, self.ranks = seed, bucket, rank, ranks
         self.skip, self.epoch = skip, 0
-        batches = -(-len(lengths) // batch_size)
-        self.batches = -(-batches // ranks) * ranks
-        if self.batches > len(lengths):
-            if shuffle:
-                what = f"{len(lengths)} rows are too few for {ranks} devices"
-                raise UserError("data", what, "set trainer.devices lower")
-            self.batches = len(lengths)
+        rows, batches = len(lengths), -(-len(lengths) // batch_size)
+        self.bounds = [i * rows // batches for i in range(batches + 1)] if rows else [0]
+        fewest = min((b - a for a, b in pairwise(self.bounds)), default=0)
+        if shuffle and fewest < ranks:
+            what = f"a batch of {fewest} rows is too small for {ranks} devices"
+            raise UserError("data.batch_size", what, "set it higher, or trainer.devices lower")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(range(self.rank, self.batches, self.ranks))
+        return sum(b - a > self.rank for a, b in pairwise(self.bounds))
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from self._batches()[self.rank :: self.ranks][self.skip() :]
+        for batch in self._batches()[self.skip() :]:
+            if own := batch[self.rank :: self.ranks]:
+                yield own
 
     def _batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        n = len(self.lengths)
-        bounds = [i * n // self.batches for i in range(self.batches + 1)]
         if not self.shuffle:
             order = torch.sort(self.lengths, descending=True, stable=True).indices
-            return [order[a:b].tolist() for a, b in pairwise(bounds)]
-        order = torch.randperm(n, generator=generator)
+            return [order[a:b].tolist() for a, b in pairwise(self.bounds)]
+        order = torch.randperm(len(self.lengths), generator=generator)
         if self.bucket:
             parts = torch.split(order, self.bucket * self.batch_size)
             order = torch.cat([part[self.lengths[part].sort(stable=True).indices] for part in parts])
-        batches = [order[a:b].tolist() for a, b in pairwise(bounds)]
-        return [batches[i] for i in torch.randperm(self.batches, generator=generator).tolist()]
+        batches = [order[a:b].tolist() for a, b in pairwise(self.bounds)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]

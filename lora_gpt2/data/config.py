@@ -38,7 +38,7 @@ class DataSettings:
     seq_len: int = 512
     """Rows are cut to this many tokens."""
     batch_size: int = 8
-    """Rows of a training batch, on each device."""
+    """Rows of a training batch, over all devices: a step has the same rows on one device and on many."""
     eval_batch_size: int = 32
     """Rows of a validation batch, on each device."""
     bucket: int = 0

@@ -75,7 +75,12 @@ class DataToText(LightningDataModule):
         return loaders[0] if len(loaders) == 1 else CombinedLoader(loaders, "min_size")
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        return self._loader(self.valid_rows, self.settings.eval_batch_size, self.seeds[0], shuffle=False)
+        size = self.settings.eval_batch_size * self._ranks
+        return self._loader(self.valid_rows, size, self.seeds[0], shuffle=False)
+
+    @property
+    def _ranks(self) -> int:
+        return self.trainer.world_size if self.trainer else 1
 
     def _loader(self, rows: EncodedRows, batch_size: int, seed: int, **options: Any) -> DataLoader[Batch]:
         batches = LengthBuckets(
@@ -84,7 +89,7 @@ class DataToText(LightningDataModule):
             seed=seed,
             bucket=self.settings.bucket,
             rank=self.trainer.global_rank if self.trainer else 0,
-            ranks=self.trainer.world_size if self.trainer else 1,
+            ranks=self._ranks,
             **options,
         )
         return DataLoader(rows, sampler=batches, batch_size=None)

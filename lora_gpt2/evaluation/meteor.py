@@ -12,27 +12,64 @@ from contextlib import suppress
 from threading import Thread
 from types import TracebackType
 
+import numpy as np
+
 from lora_gpt2.evaluation.java import HOW_TO_GET, METEOR_JAR, OPTIONS, find_jar, find_java
+from lora_gpt2.evaluation.statistics import Array, Statistics
 
 
 class MeteorUnavailable(RuntimeError):
     """METEOR cannot be computed here; the message is one sentence that says why and what to do."""
 
 
-def meteor(
-    predictions: Sequence[str], references: Sequence[Sequence[str]], parts: Sequence[Sequence[int]]
-) -> list[float]:
-    """The corpus score, 0 to 1, of each part, a list of segment numbers; all parts with one start of Java.
+def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Statistics:
+    """The statistics of each segment, by one start of Java, and a corpus' score, 0 to 1, from their sums.
 
     Options as in the COCO tools: English, ``-norm`` (METEOR's own tokens and case). Raises MeteorUnavailable
     when Java or the jar is missing, or when it stops.
     """
     with _Meteor() as jar:
-        statistics = [
+        told = [
             jar.ask("SCORE", *(_one_line(text) for text in group), _one_line(output))
             for output, group in zip(predictions, references, strict=True)
         ]
-        return [jar.evaluate([statistics[segment] for segment in part]) for part in parts]
+    found = np.array([[float(value) for value in line.split()] for line in told])
+    output_length, reference_length, *_, chunks, output_matches, reference_matches = found.T
+    perfect = (output_matches == output_length) & (reference_matches == reference_length) & (chunks == 1)
+    found[perfect, _CHUNKS] = 0  # all words in one piece: no penalty
+    return Statistics(found, _score)
+
+
+_CHUNKS = 20
+"""Column of the pieces that a match falls into."""
+_ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
+"""Weight of recall, shape and size of the penalty, weight of content words: METEOR 1.5's for English."""
+_STAGES = np.array([1.0, 0.6, 0.8, 0.6])
+"""Weights of exact words, stems, synonyms and paraphrases."""
+
+
+def _score(sums: Array) -> Array:
+    """Denkowski and Lavie 2014, section 2, of the jar's 23 columns (…, 23).
+
+    Lengths of output and reference; how many of those are function words; then, for each of four kinds of
+    match, content words of either side and function words of either side; pieces; words matched of either.
+    """
+
+    def weighed(content: Array, function: Array) -> Array:
+        result: Array = _DELTA * content + (1 - _DELTA) * function
+        return result
+
+    length, functions = sums[..., 0:2], sums[..., 2:4]
+    matches = sums[..., 4:_CHUNKS].reshape(*sums.shape[:-1], 4, 4)
+    matched = (_STAGES[:, None] * weighed(matches[..., 0:2], matches[..., 2:4])).sum(axis=-2)
+    whole = weighed(length - functions, functions)
+    share = np.divide(matched, whole, out=np.zeros_like(matched), where=whole > 0)  # precision and recall
+    some = share.min(axis=-1) > 0
+    precision, recall = (np.where(some, share[..., side], 1.0) for side in (0, 1))
+    mean = 1 / ((1 - _ALPHA) / precision + _ALPHA / recall)
+    pieces = sums[..., _CHUNKS] / np.where(some, sums[..., -2:].mean(axis=-1), 1.0)
+    result: Array = np.where(some, mean * (1 - _GAMMA * pieces**_BETA), 0.0)
+    return result
 
 
 def _one_line(text: str) -> str:
@@ -76,22 +113,14 @@ class _Meteor:
                     stream.close()
 
     def ask(self, *fields: str) -> str:
-        """The jar's first line of answer to one line of fields."""
+        """The jar's answer to one line of fields."""
         assert self.process.stdin
+        assert self.process.stdout
         try:
             self.process.stdin.write(" ||| ".join(fields) + "\n")
             self.process.stdin.flush()
         except OSError:
             raise self._stopped() from None
-        return self._answer()
-
-    def evaluate(self, statistics: Sequence[str]) -> float:
-        """The corpus score of these segments: the last line after one line for each of them."""
-        lines = [self.ask("EVAL", *statistics), *(self._answer() for _ in statistics)]
-        return float(lines[-1])
-
-    def _answer(self) -> str:
-        assert self.process.stdout
         line = self.process.stdout.readline()
         if not line:
             raise self._stopped()

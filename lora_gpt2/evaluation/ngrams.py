@@ -7,9 +7,11 @@ scorer departs from sacrebleu or nltk, the lines below say so.
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
+import numpy as np
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+from lora_gpt2.evaluation.statistics import Array
 
 BLEU_ORDER = 4
 NIST_ORDER = 5
@@ -22,49 +24,44 @@ NGram = tuple[str, ...]
 _tokenize = Tokenizer13a()  # type: ignore[no-untyped-call]  # sacrebleu leaves it untyped
 
 
-class BleuNist(NamedTuple):
-    bleu: float
-    """0 to 1, or a little above where a perfect output has segments of fewer than four tokens."""
-    nist: float
-    """Bits of information per n-gram, from 0 up."""
-
-
 def tokens_13a(text: str) -> Tokens:
     """Lower-cased mteval-v13a tokens. An empty text is one empty token, as in the official scorer."""
     return str(_tokenize(text)).lower().split(" ")
 
 
-def bleu_and_nist(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> BleuNist:
-    """Both scores over a corpus: one prediction and one or more references a segment.
+def ngram_statistics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Array:
+    """(segments, 13): what `bleu` and `nist` need of each, one prediction and one or more references.
 
-    BLEU takes the reference length closest to the output's (of two, the shorter one); NIST the mean length.
-    Both clip an n-gram at the most often that any one reference has it. Every output adds `length - n + 1`
-    n-grams to the total, below zero too: the official rule for outputs shorter than n.
+    Matches of 1 to 4 tokens, the information of matches of 1 to 5 tokens, tokens of the output, of the
+    reference of closest length (of two, the shorter one), and of its references on average, and 1.
+
+    An n-gram is clipped at the most often that any one reference has it. Its information is log2 of how often
+    its first n - 1 words occur over how often it does, counted in all references.
     """
-    matches: list[Counter[NGram]] = [Counter() for _ in range(NIST_ORDER)]
+    matches: list[Counter[NGram]] = []
     occurrences: Counter[NGram] = Counter()  # in all references; the empty n-gram counts the words
-    output_length = closest_length = 0
-    mean_length = 0.0
+    lengths = []
     for prediction, group in zip(predictions, references, strict=True):
         output, texts = tokens_13a(prediction), [tokens_13a(text) for text in group]
+        matched: Counter[NGram] = Counter()
         for n in range(1, NIST_ORDER + 1):
             counts = [Counter(_ngrams(text, n)) for text in texts]
             for ngram, count in Counter(_ngrams(output, n)).items():
                 clipped = min(count, max(reference[ngram] for reference in counts))
                 if clipped:
-                    matches[n - 1][ngram] += clipped
+                    matched[ngram] = clipped
             for text in texts:
                 occurrences.update(_ngrams(text, n))
-        lengths = [len(text) for text in texts]
-        occurrences[()] += sum(lengths)
-        mean_length += sum(lengths) / len(lengths)
-        closest_length += min(lengths, key=lambda length: (abs(length - len(output)), length))
-        output_length += len(output)
-
-    totals = [output_length - len(predictions) * n for n in range(NIST_ORDER)]
-    return BleuNist(
-        _bleu(matches, totals, output_length / closest_length),
-        _nist(matches, totals, occurrences, output_length / mean_length),
+        matches.append(matched)
+        sizes = [len(text) for text in texts]
+        occurrences[()] += sum(sizes)
+        closest = min(sizes, key=lambda size: (abs(size - len(output)), size))
+        lengths.append([len(output), closest, sum(sizes) / len(sizes), 1])
+    return np.array(
+        [
+            [*_hits(matched), *_information(matched, occurrences), *sizes]
+            for matched, sizes in zip(matches, lengths, strict=True)
+        ]
     )
 
 
@@ -72,32 +69,50 @@ def _ngrams(tokens: Tokens, n: int) -> Iterator[NGram]:
     return zip(*(tokens[start:] for start in range(n)), strict=False)
 
 
-def _bleu(matches: Sequence[Counter[NGram]], totals: Sequence[int], length_ratio: float) -> float:
-    """Geometric mean of the precisions times the brevity penalty; 0 when some order has no match.
+def _hits(matched: Counter[NGram]) -> list[float]:
+    hits = [0.0] * BLEU_ORDER
+    for ngram, count in matched.items():
+        if len(ngram) <= BLEU_ORDER:
+            hits[len(ngram) - 1] += count
+    return hits
 
-    The official scorer puts 1e-15 in place of a zero, which prints as 0.0000 as well.
+
+def _information(matched: Counter[NGram], occurrences: Counter[NGram]) -> list[float]:
+    gained = [0.0] * NIST_ORDER
+    for ngram, count in matched.items():
+        gained[len(ngram) - 1] += count * math.log2(occurrences[ngram[:-1]] / occurrences[ngram])
+    return gained
+
+
+def bleu(sums: Array) -> Array:
+    """Sums (…, 13) of `ngram_statistics` to BLEU-4 (…), 0 to 1, or a little above where a perfect output has
+    segments of fewer than four tokens.
+
+    Geometric mean of the precisions times the brevity penalty; 0 when some order has no match: the official
+    scorer puts 1e-15 in place of a zero, which prints as 0.0000 as well.
     """
-    hits = [matched.total() for matched in matches[:BLEU_ORDER]]
-    if min(hits) == 0 or min(totals[:BLEU_ORDER]) <= 0:
-        return 0.0
-    log_precision = sum(math.log(hit / total) for hit, total in zip(hits, totals, strict=False)) / BLEU_ORDER
-    return math.exp(log_precision + min(0.0, 1 - 1 / length_ratio))
+    hits, totals = sums[..., :BLEU_ORDER], _totals(sums, BLEU_ORDER)
+    some = (hits.min(axis=-1) > 0) & (totals.min(axis=-1) > 0)
+    share = np.where(some[..., None], hits, 1.0) / np.where(some[..., None], totals, 1.0)
+    penalty = np.minimum(0.0, 1 - sums[..., -3] / sums[..., -4])
+    result: Array = np.where(some, np.exp(np.log(share).mean(axis=-1) + penalty), 0.0)
+    return result
 
 
-def _nist(
-    matches: Sequence[Counter[NGram]], totals: Sequence[int], occurrences: Counter[NGram], length_ratio: float
-) -> float:
-    """Mean information of the matches, summed over the orders, times the length penalty.
+def nist(sums: Array) -> Array:
+    """Sums (…, 13) of `ngram_statistics` to NIST-5 (…), bits of information per n-gram, from 0 up.
 
-    An n-gram's information is log2 of how often its first n - 1 words occur over how often it does, counted
-    in all references. An order without any n-gram in the outputs adds nothing (officially a division by 0).
+    Mean information of the matches, summed over the orders, times the length penalty. An order without any
+    n-gram in the outputs adds nothing (officially a division by 0).
     """
-    score = 0.0
-    for matched, total in zip(matches, totals, strict=True):
-        if total > 0:
-            gained = (
-                count * math.log2(occurrences[ngram[:-1]] / occurrences[ngram])
-                for ngram, count in matched.items()
-            )
-            score += sum(gained) / total
-    return score * math.exp(-NIST_BETA * math.log(min(1.0, length_ratio)) ** 2)
+    gained, totals = sums[..., BLEU_ORDER : BLEU_ORDER + NIST_ORDER], _totals(sums, NIST_ORDER)
+    means = np.where(totals > 0, gained, 0.0) / np.where(totals > 0, totals, 1.0)
+    ratio = np.minimum(1.0, sums[..., -4] / sums[..., -2])
+    result: Array = means.sum(axis=-1) * np.exp(-NIST_BETA * np.log(ratio) ** 2)
+    return result
+
+
+def _totals(sums: Array, orders: int) -> Array:
+    """(…, orders): an output adds `length - n + 1`, below zero too: the official rule for short ones."""
+    result: Array = sums[..., -4, None] - sums[..., -1, None] * np.arange(orders)
+    return result

@@ -54,10 +54,13 @@ class SideBySide:
         """Starts each model's stream of random numbers."""
         self._states = [self._generator(seed).get_state() for seed in seeds]
 
-    def loss(self, rows: Sequence[Rows], label_smooth: Sequence[float]) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, rows: Sequence[Rows], label_smooth: Sequence[float], weights: Sequence[Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The sum of what `loss_in_parts` of each model gives for its rows, and each one's value (N,).
 
-        `rows` are not packed. Where they go in parts, a part of each model is computed at a time.
+        `weights`: what each one counts by in the sum; default: 1. `rows` are not packed. Where they go in
+        parts, a part of each model is computed at a time.
         """
         each = [lines(model, one) for model, one in zip(self.models, rows, strict=True)]
         wholes = [total_weight(mask) for _, _, mask in rows]
@@ -70,7 +73,7 @@ class SideBySide:
             for k, found in self._losses(running, label_smooth).items():
                 share = total_weight(running[k].targets.weights) / wholes[k]
                 values[k] += found.detach() * share
-                total = total + found * share
+                total = total + found * share * (1.0 if weights is None else weights[k])
             return total
 
         turns = [partial(turn_loss, turn) for turn in range(max(map(len, each)))]

@@ -11,12 +11,13 @@ from rich.table import Table
 from safetensors import safe_open
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.evaluation.scorer import figures
 from lora_gpt2.files import read_json
 from lora_gpt2.reporting.screen import show
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, read_description
 
 LOSS = "valid_loss"
-_FALLING = (LOSS, "ter")
+FALLING = (LOSS, "ter")
 """The metrics of which less is better."""
 
 TABLE_18: dict[int, dict[str, float]] = {
@@ -72,21 +73,25 @@ def points(runs: Mapping[Path, Mapping[str, Any]], by: str | None = None) -> lis
     found = []
     for folders in alike.values():
         settings = runs[folders[0]]
-        held = [_metrics(folder) for folder in folders]
-        metrics = dict.fromkeys(name for one in held for name in one)
-        values = {name: [one[name] for one in held if name in one] for name in metrics}
-        table_18 = settings.get("model.name") == "gpt2.md" and settings.get("data.corpus") == "e2e"
-        paper = TABLE_18.get(settings["lora.rank"]) if table_18 else None
+        held = [metrics(folder) for folder in folders]
+        names_held = dict.fromkeys(name for one in held for name in one)
+        values = {name: [one[name] for one in held if name in one] for name in names_held}
+        paper = TABLE_18.get(settings["lora.rank"]) if is_table_18(settings) else None
         chosen = {name: settings.get(name) for name in names}
-        found.append(Point(chosen, len(folders), _parameters(_weights(folders[0])), values, paper))
+        found.append(Point(chosen, len(folders), parameters(folders[0]), values, paper))
     known = list(dict.fromkeys(name for point in found for name in point.values))
     by = by or next((name for name in ("bleu", LOSS) if name in known), None)
     if by is None:
         return found
     if by not in known:
         raise UserError("--by", f"no run has {by}", f"there are {', '.join(known) or 'no figures yet'}")
-    sign = 1 if by in _FALLING else -1
+    sign = 1 if by in FALLING else -1
     return sorted(found, key=lambda point: sign * point.mean(by) if point.values.get(by) else math.inf)
+
+
+def is_table_18(settings: Mapping[str, Any]) -> bool:
+    """Whether the paper's Table 18 is of this model and corpus."""
+    return settings.get("model.name") == "gpt2.md" and settings.get("data.corpus") == "e2e"
 
 
 def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -105,15 +110,15 @@ def states(jobs: Sequence[Sequence[str]]) -> None:
 
 def table(found: Sequence[Point]) -> None:
     """Prints a line for each point, with the standard deviation over its seeds; the paper's below it."""
-    metrics = list(dict.fromkeys(name for point in found for name in point.values))
-    shown = Table(*found[0].settings, "parameters", "runs", *metrics)
+    names = list(dict.fromkeys(name for point in found for name in point.values))
+    shown = Table(*found[0].settings, "parameters", "runs", *names)
     for point in found:
-        figures = [_with_spread(point.mean(name), point.spread(name)) for name in metrics]
         chosen = ["" if value is None else f"{value}" for value in point.settings.values()]
-        shown.add_row(*chosen, f"{point.parameters:,}", f"{point.runs}", *figures)
+        values = [_with_spread(point.mean(name), point.spread(name)) for name in names]
+        shown.add_row(*chosen, f"{point.parameters:,}", f"{point.runs}", *values)
         if point.paper is not None:
-            figures = [f"{point.paper[name]:.4f}" if name in point.paper else "" for name in metrics]
-            shown.add_row(*[""] * len(chosen), "", "paper", *figures, style="dim")
+            values = [f"{point.paper[name]:.4f}" if name in point.paper else "" for name in names]
+            shown.add_row(*[""] * len(chosen), "", "paper", *values, style="dim")
     show(shown)
 
 
@@ -142,7 +147,7 @@ def _weights(folder: Path) -> Path:
     return next((folder / name for name in (ADAPTER_FILE, MODEL_FILE) if (folder / name).is_file()), folder)
 
 
-def _metrics(folder: Path) -> dict[str, float]:
+def metrics(folder: Path) -> dict[str, float]:
     """What a run's own files tell of its quality."""
     found = {}
     description = read_description(_weights(folder))
@@ -150,13 +155,11 @@ def _metrics(folder: Path) -> dict[str, float]:
     if loss is not None:
         found[LOSS] = float(loss)
     if (path := folder / "scores.json").is_file():
-        report = read_json(path, "score the run again with generate.py")
-        whole = report if "signatures" in report else report.get("all", {})
-        scores = {name: whole[name] for name in whole.get("signatures", {}) if whole[name] is not None}
-        found.update(scores)
+        found.update(figures(read_json(path, "score the run again with generate.py")))
     return found
 
 
-def _parameters(path: Path) -> int:
-    with safe_open(path, framework="pt") as file:
+def parameters(folder: Path) -> int:
+    """Trained ones, by the file that a run left."""
+    with safe_open(_weights(folder), framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

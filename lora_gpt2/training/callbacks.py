@@ -1,25 +1,49 @@
 """Callbacks that Lightning does not have: a report for screens and log files, and the plateau schedule."""
 
+import hashlib
+import json
 import shutil
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lora_gpt2.data.batches import Batch
+from lora_gpt2.data.config import DataSettings
+from lora_gpt2.errors import UserError
+from lora_gpt2.memory import peak
 from lora_gpt2.training.config import OptimizerSettings, Schedule
+
+
+class RanksAgree(Callback):
+    """Stops a run whose processes were given different settings: they would train on as one, unnoticed."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        told = json.dumps(settings, sort_keys=True).encode()
+        self.digest = int(hashlib.sha256(told).hexdigest()[:15], 16)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size == 1:
+            return
+        own = torch.tensor(self.digest, device=pl_module.device)
+        seen = cast(Tensor, pl_module.all_gather(own))
+        if not torch.equal(seen, own.expand_as(seen)):
+            what = "the processes of this run were given different settings"
+            raise UserError("trainer", what, "start all of them with the same command")
 
 
 class Progress(Callback):
     """One line every `every` seconds: step, loss, learning rate, tokens per second, time left (h:mm:ss).
 
     Reads the same on a terminal and in a log file. Tokens are those that the model runs over, padding
-    left out, on this device.
+    left out, on this device. Loggers get the tokens per second, and the most memory taken so far in GB.
     """
 
     def __init__(self, every: float = 10.0) -> None:
@@ -30,6 +54,13 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self._printed = time.monotonic()
         self._tokens, self._first_step = 0, trainer.global_step
+        settings = getattr(getattr(trainer, "datamodule", None), "settings", None)
+        if isinstance(settings, DataSettings):
+            rows = settings.batch_size * trainer.accumulate_grad_batches
+            devices = "1 device" if trainer.world_size == 1 else f"{trainer.world_size} devices"
+            highest = max(group["initial_lr"] for group in trainer.optimizers[0].param_groups)
+            steps = int(trainer.estimated_stepping_batches)
+            _say(f"  {steps:,} steps of {rows} rows on {devices}, learning rate up to {highest:.1e}")
 
     def on_train_batch_end(
         self,
@@ -40,10 +71,11 @@ class Progress(Callback):
         batch_idx: int,
     ) -> None:
         self._tokens += sum(one.tokens for one in (batch if isinstance(batch, list) else [batch]))
+        speed = self._tokens / (time.monotonic() - self._start)
+        pl_module.log_dict({"tokens_per_second": speed, "memory_gb": peak(pl_module.device) / 1e9})
         if self._due():
             step, total = trainer.global_step, int(trainer.estimated_stepping_batches)
             values = trainer.callback_metrics
-            speed = self._tokens / (self._printed - self._start)
             _say(
                 f"  step {step}/{total}  epoch {trainer.current_epoch + 1}"
                 f"  loss {_value(values, 'train/loss')}  lr {values['lr']:.1e}"

@@ -2,11 +2,12 @@
 
 import os
 import shutil
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lora_gpt2.data.batches import Batch
@@ -15,6 +16,7 @@ from lora_gpt2.memory import keep_freed
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.model.loss import total_weight
 from lora_gpt2.model.parts import loss_in_parts
 from lora_gpt2.training.accuracy import StageMetrics
 from lora_gpt2.training.config import OptimizerSettings
@@ -44,6 +46,7 @@ class LanguageModeling(LightningModule):
         self.optimizer_settings, self.label_smoothing = optimizer, label_smoothing
         self.seed, self.base_sha256 = seed, base_sha256
         self.valid_metrics = StageMetrics()
+        self.valid_loss: float | None = None
         self.compiled = compiled
         if model.lora_layers():
             model.train_only_lora(dtype)
@@ -72,13 +75,14 @@ class LanguageModeling(LightningModule):
         loss = loss_in_parts(self.model, batch.tensors, self.label_smoothing)
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss": loss, "lr": rate}, batch_size=len(batch.rows))
-        return loss
+        return loss * shares(self.trainer, [batch])[0]
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self.valid_metrics.update(self.model.completion_report(batch.input_ids, batch.labels, batch.mask))
 
     def on_validation_epoch_end(self) -> None:
         values = {f"valid/{name}": value for name, value in self.valid_metrics.compute().items()}
+        self.valid_loss = float(values["valid/loss"])
         self.log_dict(values)  # already reduced over ranks
         self.valid_metrics.reset()
 
@@ -95,6 +99,7 @@ class LanguageModeling(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["valid_loss"] = self.valid_loss
         checkpoint["base_sha256"] = self.base_sha256
         checkpoint["config"] = self.model.config.to_dict()
         checkpoint["lora_plus_ratio"] = self.optimizer_settings.lora_plus_ratio
@@ -123,3 +128,13 @@ class LanguageModeling(LightningModule):
             what = f"the checkpoint belongs to another base (hash {hashes})"
             raise UserError("resume", what, "give the base and the seed of that run")
         checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+
+
+def shares(trainer: Trainer, batches: Sequence[Batch]) -> list[Any]:
+    """What each batch's loss counts by, so that the ranks' mean gradient is that of all rows at once."""
+    if trainer.world_size == 1:
+        return [1.0] * len(batches)
+    own = torch.stack([total_weight(batch.mask) for batch in batches])
+    of_all = own.clone()
+    torch.distributed.all_reduce(of_all)
+    return list(own * trainer.world_size / of_all)

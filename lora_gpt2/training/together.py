@@ -11,7 +11,7 @@ from lora_gpt2.data.batches import Batch
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.side_by_side import SideBySide
-from lora_gpt2.training.module import LanguageModeling
+from lora_gpt2.training.module import LanguageModeling, shares
 from lora_gpt2.training.optimization import build_optimizer
 
 
@@ -33,6 +33,9 @@ class AdaptersTogether(LightningModule):
     def _each(self) -> list[LanguageModeling]:
         return [cast(LanguageModeling, member) for member in self.members]
 
+    def by_name(self) -> dict[str, LanguageModeling]:
+        return dict(zip(self.names, self._each(), strict=True))
+
     def on_fit_start(self) -> None:
         first = self._each()[0]
         first.on_fit_start()
@@ -49,7 +52,8 @@ class AdaptersTogether(LightningModule):
 
     def training_step(self, batch: Sequence[Batch], batch_idx: int) -> Tensor:
         rows = [one.tensors for one in batch]
-        total, losses = self.together.loss(rows, [member.label_smoothing for member in self._each()])
+        smoothing = [member.label_smoothing for member in self._each()]
+        total, losses = self.together.loss(rows, smoothing, shares(self.trainer, batch))
         values = dict(zip((f"train/loss/{name}" for name in self.names), losses, strict=True))
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss": losses.mean(), "lr": rate, **values}, batch_size=len(batch[0].rows))
@@ -111,7 +115,7 @@ class AdaptersTogether(LightningModule):
             raise UserError(
                 "resume", f"the checkpoint is of other adapters: {theirs}", "give those of that run"
             )
-        for name, member in zip(self.names, self._each(), strict=True):
+        for name, member in self.by_name().items():
             member.on_load_checkpoint(dict(states.get(name, {})))
         checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
         self.lowest, self.best = checkpoint["lowest"], checkpoint["best"]

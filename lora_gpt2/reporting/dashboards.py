@@ -1,0 +1,102 @@
+"""Weights & Biases: one run for each training, grouped by sweep; on disk where W&B cannot be had."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.files import read_json, write_json
+from lora_gpt2.reporting import screen
+from lora_gpt2.weights.store import ADAPTER_FILE
+
+_NOTE = "wandb.json"
+"""Where a run's folder keeps the id that W&B knows it by."""
+
+_PATIENCE = 30
+"""Seconds in which the service must answer at the start."""
+
+
+class WandbRun(WandbLogger):
+    """A run of its own for each training; one that is resumed goes on in the same run.
+
+    A sweep sets group and name where they are null (WANDB_RUN_GROUP and WANDB_NAME). Where the service does
+    not answer or takes no key, the run is logged offline: `wandb sync` uploads it.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        project: str = "lora-gpt2",
+        entity: str | None = None,
+        group: str | None = None,
+        name: str | None = None,
+        tags: list[str] | None = None,
+        offline: bool = False,
+        upload_adapter: bool = False,
+        resume: str | None = None,
+    ) -> None:
+        """`save_dir` is the run's folder, `resume` that of the run it goes on with, or a checkpoint in it.
+
+        `upload_adapter`: the adapter becomes an artifact of the run at its end.
+        """
+        self.folder, self.upload_adapter = Path(save_dir), upload_adapter
+        known = _known_id(self.folder if resume is None else Path(resume))
+        options: dict[str, Any] = {"entity": entity, "group": group, "tags": tags}
+        options["settings"] = wandb.Settings(init_timeout=_PATIENCE, silent=True)
+        super().__init__(name=name, save_dir=save_dir, project=project, id=known, offline=offline, **options)
+        self._start()
+
+    @rank_zero_only
+    def _start(self) -> None:
+        try:
+            run = self.experiment
+        except Exception as error:  # W&B raises its own, and those of the libraries below it
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            screen.note(f"W&B is out of reach ({reason}): logged offline, wandb sync uploads it later")
+            wandb.teardown()
+            self._offline = True
+            self._wandb_init["mode"] = "offline"
+            run = self.experiment
+        write_json(self.folder / _NOTE, {"id": run.id, "project": run.project, "group": run.group})
+
+    def log_predictions(
+        self,
+        name: str,
+        step: int,
+        contexts: Sequence[str],
+        references: Sequence[Sequence[str]],
+        texts: Sequence[str],
+    ) -> None:
+        """A table of inputs, references and predictions; `name` is that of one of several adapters."""
+        rows = [
+            [step, context, "\n".join(group), text]
+            for context, group, text in zip(contexts, references, texts, strict=True)
+        ]
+        key = "/".join(filter(None, ["predictions", name]))
+        self.log_table(key, columns=["step", "input", "references", "prediction"], data=rows)
+
+    @rank_zero_only
+    def close(self, failed: bool) -> None:
+        """Ends the run, so that the next job of a sweep begins its own."""
+        adapter = self.folder / ADAPTER_FILE
+        if self.upload_adapter and not failed and adapter.is_file():
+            artifact = wandb.Artifact(f"adapter-{self.experiment.id}", type="adapter")
+            artifact.add_file(str(adapter))
+            self.experiment.log_artifact(artifact)
+        wandb.finish(exit_code=int(failed))
+
+
+def _known_id(place: Path) -> str | None:
+    """The id of the run that a folder, or the folder of a checkpoint, belongs to."""
+    folders = [place, *place.parents[:2]]
+    path = next((folder / _NOTE for folder in folders if (folder / _NOTE).is_file()), None)
+    if path is None:
+        return None
+    held = read_json(path, "remove it: the run is logged as a new one")
+    if not isinstance(held, dict) or not isinstance(held.get("id"), str):
+        raise UserError(path, "names no run of W&B", "remove it: the run is logged as a new one")
+    return str(held["id"])

@@ -1,0 +1,155 @@
+"""A search over settings by Optuna: each trial a job of ``train.py`` in a folder of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.errors import HydraException
+from lightning import Callback, LightningModule, Trainer
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from lora_gpt2 import jobs
+from lora_gpt2.errors import UserError
+from lora_gpt2.jobs import Job, State
+from lora_gpt2.reporting import sweep
+from lora_gpt2.reporting.sweep import FALLING, LOSS
+
+_STUDY = "search"
+
+
+class Pruning(Callback):
+    """Tells the study each validation loss, and gives a trial up that the others are ahead of."""
+
+    def __init__(self, folder: str, number: int) -> None:
+        """`folder` of the search, `number` of the trial."""
+        self.folder, self.number = folder, number
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss, gone = trainer.callback_metrics.get("valid/loss"), False
+        if loss is None or trainer.sanity_checking:
+            return
+        if trainer.is_global_zero:
+            study = _study(Path(self.folder))
+            trial = optuna.trial.Trial(study, study.get_trials(deepcopy=False)[self.number]._trial_id)
+            trial.report(float(loss), trainer.global_step)
+            gone = trial.should_prune()
+        if trainer.strategy.broadcast(gone):
+            raise optuna.TrialPruned(f"validation loss {float(loss):.4f} at step {trainer.global_step}")
+
+
+def search(
+    folder: Path, overrides: Sequence[str], trials: int, by: str = LOSS, seed: int = 0
+) -> optuna.Study:
+    """Asks for settings, trains with them and tells what came out, until `trials` have come to an end.
+
+    `overrides` as for train.py, with ``choice(…)``, ``range(…)`` or ``interval(…)`` for what is searched.
+    A search that was interrupted goes on. Raises UserError for overrides that cannot be searched.
+    """
+    fixed, spaces = _parsed(overrides)
+    folder.mkdir(parents=True, exist_ok=True)
+    study = _study(folder, by, seed)
+    _check(study, folder, spaces, by)
+    for lost in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(lost.number, state=TrialState.FAIL)
+    ended = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+    while len(study.get_trials(deepcopy=False, states=ended)) < trials:
+        trial = study.ask()
+        chosen = [f"{key}={suggest(trial)}" for key, suggest in spaces.items()]
+        print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
+        place = folder / str(trial.number)
+        _train(place, [*fixed, *chosen], folder, trial.number)
+        _tell(study, trial, place, by)
+    return study
+
+
+def _study(folder: Path, by: str = LOSS, seed: int = 0) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    storage = JournalStorage(JournalFileBackend(str(folder / "search.journal")))
+    return optuna.create_study(
+        storage=storage,
+        study_name=_STUDY,
+        load_if_exists=True,
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=3),
+        direction="minimize" if by in FALLING else "maximize",
+    )
+
+
+def _check(study: optuna.Study, folder: Path, spaces: dict[str, Any], by: str) -> None:
+    """Raises UserError where the folder holds a search for something else."""
+    asked = {"by": by, "over": sorted(spaces)}
+    known = study.user_attrs.get("asked", asked)
+    if known != asked:
+        what = f"holds a search over {', '.join(known['over'])} by {known['by']}"
+        raise UserError(folder, what, "give another folder")
+    study.set_user_attr("asked", asked)
+
+
+Suggest = Callable[[optuna.Trial], Any]
+
+
+def _parsed(overrides: Sequence[str]) -> tuple[list[str], dict[str, Suggest]]:
+    """What every trial has, and what is searched."""
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise UserError("search", str(error).splitlines()[0], "see python train.py --help") from None
+    spaces = {one.key_or_group: _space(one) for one in parsed if one.is_sweep_override()}
+    if not spaces:
+        do = "write e.g. lora.rank=choice(1,2,4) 'optimizer.lr=tag(log,interval(1e-5,1e-3))'"
+        raise UserError("search", "nothing is to be searched", do)
+    return [str(one.input_line) for one in parsed if not one.is_sweep_override()], spaces
+
+
+def _space(override: Override) -> Suggest:
+    """How a trial chooses a value. ``tag(log, …)`` searches by orders of magnitude."""
+    key, value = override.key_or_group, override.value()
+    log = "log" in getattr(value, "tags", ())
+    if isinstance(value, ChoiceSweep):
+        choices = [_plain(one) for one in value.list]
+        return lambda trial: trial.suggest_categorical(key, choices)
+    if isinstance(value, RangeSweep):
+        start, stop, step = value.start, value.stop, value.step
+        if start is not None and stop is not None and all(isinstance(n, int) for n in (start, stop, step)):
+            return lambda trial: trial.suggest_int(key, int(start), int(stop) - 1, step=int(step))
+    if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
+        low, high = float(value.start), float(value.end)
+        return lambda trial: trial.suggest_float(key, low, high, log=log)
+    do = "use choice(a,b), range(1,9) of whole numbers, or interval(low,high)"
+    raise UserError(str(override.input_line), "cannot be searched", do)
+
+
+def _plain(value: Any) -> Any:
+    """A choice as Optuna can note it, written as on the command line."""
+    if isinstance(value, list):
+        return f"[{','.join(map(str, value))}]"
+    return value if isinstance(value, bool | int | float) else str(value)
+
+
+def _train(place: Path, overrides: list[str], folder: Path, number: int) -> None:
+    """One trial as a process of its own: what it does to memory or to the machine ends with it."""
+    pruning = {"_target_": f"{__name__}.Pruning", "folder": str(folder.resolve()), "number": number}
+    told = ",".join(f"{name}:{json.dumps(value)}" for name, value in pruning.items())
+    own = [f"callbacks.pruning={{{told}}}", f"hydra.run.dir={jobs.quoted(place)}"]
+    subprocess.run([sys.executable, "-m", jobs.__spec__.name, *overrides, *own], check=False)
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, place: Path, by: str) -> None:
+    job = Job.read(place)
+    if job is None or job.state in (State.failed, State.running):
+        study.tell(trial, state=TrialState.FAIL)
+    elif job.state is State.pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        value = sweep.metrics(place).get(by)
+        if value is None:
+            raise UserError("--by", f"{place} has no {by}", "add score=valid, or search by valid_loss")
+        study.tell(trial, value)

@@ -1,0 +1,111 @@
+"""One page that stands alone: what it says is what the files hold."""
+
+import html
+import json
+import re
+import shutil
+
+import pytest
+
+from lora_gpt2 import jobs
+from lora_gpt2.errors import UserError
+from lora_gpt2.report import page, pictures
+from tests.conftest import TINY, settings_of, train
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory, run, tiny_corpus):
+    """A sweep of two ranks, each decoded and scored, without METEOR."""
+    folder = tmp_path_factory.mktemp("swept")
+    common = [*TINY,
+              "data=jsonl", f"data.root={tiny_corpus}", "lora=qv", f"base={run / 'base'}", "score=valid",
+              "decoding.eval_len=16", "decoding.beam_size=2", "trainer.max_epochs=2",
+              "trainer.log_every_n_steps=1"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
+        for name, rank in (("0", 1), ("1", 2)):
+            overrides = [*common, f"lora.rank={rank}"]
+            (folder / name).mkdir()
+            work = lambda settings, place, given=overrides: train(place, *given)  # noqa: E731
+            jobs.run(settings_of("train", overrides), folder / name, work, once=True)
+    return folder
+
+
+@pytest.fixture
+def _without_meteor(monkeypatch):
+    monkeypatch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
+
+
+@pytest.mark.usefixtures("_without_meteor")
+def test_the_page_of_a_sweep(tmp_path, swept):
+    assert page.write(swept, tmp_path / "report.html") is False
+    text = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(src|href|url)\s*[=(]\s*[\"']?(https?:)?//", text), "nothing from elsewhere"
+    assert "http" not in text.replace("http-equiv", "")
+    plain = html.unescape(text)
+    for name in "01":
+        scores = json.loads((swept / name / "scores.json").read_text())
+        assert f"{scores['bleu']:.4f}" in plain
+        assert f"{scores['nist']:.4f}" in plain
+    assert "rank 1" in plain
+    assert "<td>lora.rank</td>" in plain
+    for title in (
+        "Training loss",
+        "bleu by parameters",
+        "Singular values",
+        "Best predictions",
+        "To repeat it",
+    ):
+        assert title in plain
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids)), "pictures do not share names"
+    assert 'http-equiv="refresh"' not in text
+
+
+@pytest.mark.usefixtures("_without_meteor")
+def test_the_page_of_a_run_beside_a_baseline(tmp_path, swept):
+    page.write(swept / "0", tmp_path / "same.html", baseline=swept / "0")
+    assert "p 1.000" in (tmp_path / "same.html").read_text()
+    with pytest.raises(UserError, match=r"holds no hypotheses\.txt"):
+        page.write(swept / "0", tmp_path / "none.html", baseline=tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(swept / "1", other)
+    for name in ("references.txt", "contexts.txt", "hypotheses.txt"):
+        lines = (other / name).read_text()
+        (other / name).write_text(lines + ("more\n\n" if name.startswith("ref") else "more\n"))
+    with pytest.raises(UserError, match="was scored on other inputs"):
+        page.write(swept / "0", tmp_path / "none.html", baseline=other)
+
+
+@pytest.mark.usefixtures("_without_meteor")
+def test_the_page_of_what_is_under_way(tmp_path, swept):
+    """Only a status and some metrics are there; the page loads itself again."""
+    job = jobs.Job.read(swept / "0")
+    job.state, job.process = jobs.State.running, __import__("os").getpid()
+    job.write(tmp_path)
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n1,2.5\n2,2.25\n")
+    assert page.write(tmp_path, tmp_path / "report.html", refresh=10) is True
+    text = (tmp_path / "report.html").read_text()
+    assert '<meta http-equiv="refresh" content="10">' in text
+    assert "Training loss" in text
+    assert "running" in text
+
+
+def test_texts_are_escaped_and_words_told_apart():
+    words = page._word_differences("a b <c> e", "a <c> d e")
+    assert words == [("same", "a"), ("ours", "b"), ("same", "<c>"), ("theirs", "d"), ("same", "e")]
+    told = {"input": "<i>", "value": 0.5, "words": words, "references": ["<r>"]}
+    rendered = page._template().render(jobs={}, repeat={}, best_and_worst={"worst": [told]})
+    assert "<ins>b</ins>" in rendered
+    assert "&lt;c&gt;" in rendered
+    assert "<i>" not in rendered
+
+
+def test_pictures_are_bare_elements_that_say_the_same_twice():
+    drawn = [pictures.curves({"a": ([1, 2], [3.0, 1.0])}, "step", "loss") for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0].startswith("<svg")
+    cells = {(1, 16.0): 0.5, (2, 16.0): 0.6, (2, 32.0): 0.7}
+    assert "0.7000" in pictures.heat_map(cells, "rank", "alpha", "bleu")
+    points = {"small": (10.0, 0.5), "large": (20.0, 0.4), "best": (20.0, 0.9)}
+    assert "Pareto" in pictures.front(points, "parameters", "bleu", falling=False)

@@ -1,0 +1,98 @@
+"""Several processes: a sweep over devices, ranks that die, ranks that disagree, jobs given to a cluster."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from lora_gpt2.jobs import Job, State
+from tests.test_experiment import script
+
+TRAIN = Path(__file__).parents[1] / "train.py"
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+
+def test_a_sweep_over_two_devices_has_exactly_its_jobs(tmp_path, tiny):
+    common = [*tiny, *TWO, "lora=qv", "trainer.max_epochs=1"]
+    swept = script("train", "-m", *common, "lora.rank=1,2", f"hydra.sweep.dir={tmp_path / 'a sweep'}")
+    assert swept.returncode == 0, swept.stderr
+    jobs = sorted(path.name for path in (tmp_path / "a sweep").iterdir() if path.is_dir())
+    assert jobs == ["0", "1"]
+    for number, rank in enumerate((1, 2)):
+        folder = tmp_path / "a sweep" / str(number)
+        weights = load_file(folder / "adapter.safetensors")
+        assert weights["transformer.h.0.attn.c_attn.lora_B"].shape[1] == rank
+        assert len(list((folder / "checkpoints").glob("last*.ckpt"))) == 1
+        assert len(list((folder / "checkpoints").glob("best*.ckpt"))) == 1
+        assert len(list(folder.glob("metrics*.csv"))) == 1
+        assert Job.read(folder).state is State.finished
+        assert Job.read(folder).valid_loss is not None
+
+
+def test_a_sweep_under_torchrun_is_refused(tmp_path, tiny):
+    done = subprocess.run(
+        [sys.executable, TRAIN, "-m", *tiny, "seed=1,2", f"hydra.sweep.dir={tmp_path}"],
+        env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "torchrun: would run the whole sweep in each of its processes" in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_killed_ends_the_run_within_seconds(tmp_path, tiny, rank):
+    command = [sys.executable, TRAIN, *tiny, *TWO, "trainer.max_epochs=100000", "callbacks.progress.every=0",
+               f"hydra.run.dir={tmp_path}"]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in first.stdout:
+        if "step 20/" in line:
+            break
+    (second,) = psutil.Process(first.pid).children()
+    (second if rank else first).send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    first.stdout.close()
+    assert first.wait(timeout=60) != 0
+    second.wait(timeout=60)
+    assert time.monotonic() - start < 30
+
+
+def test_ranks_that_were_told_different_things_stop(tmp_path, tiny):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = []
+    for rank in range(2):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+                     "GROUP_RANK": 0,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": 1}  # fmt: skip
+        command = [
+            sys.executable,
+            TRAIN,
+            *tiny,
+            *TWO,
+            f"optimizer.lr={0.01 + rank}",
+            f"hydra.run.dir={tmp_path}",
+        ]
+        told = {name: str(value) for name, value in variables.items()}
+        running.append(
+            subprocess.Popen(command, env={**os.environ, **told}, stderr=subprocess.PIPE, text=True)
+        )
+    for process in running:
+        _, error = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert "the processes of this run were given different settings" in error
+
+
+@pytest.mark.slow
+def test_jobs_given_to_a_launcher_of_a_cluster(tmp_path, tiny):
+    """submitit's local executor stands for SLURM."""
+    done = script("train", "-m", *tiny, "lora=qv", "trainer.max_epochs=1", "lora.rank=1,2",
+                  "hydra/launcher=submitit_local", f"hydra.sweep.dir={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [Job.read(tmp_path / name).state for name in "01"] == [State.finished] * 2
