@@ -59,6 +59,9 @@ def small(command: str) -> list[str]:
     """The command with this interpreter, and with a small model from random weights where it trains one."""
     program, *arguments = shlex.split(command)
     if program == "lora-gpt2":
+        if arguments[:2] == ["sweep", "search"]:
+            kept = [argument for argument in arguments if not argument.startswith("base=")]
+            arguments = [*kept[: kept.index("--trials")], *SMALL, "--trials", "1"]
         arguments += SMALL if arguments[0] == "plan" else []
         return [sys.executable, "-m", "lora_gpt2.cli", *arguments]
     script, *arguments = arguments
