@@ -222,7 +222,9 @@ def _noted(job: Job, folder: Path) -> Iterator[None]:
     except BaseException as error:
         pruned = type(error).__name__ == "TrialPruned"  # Optuna's, which need not be installed
         job.state, job.error = State.pruned if pruned else State.failed, f"{type(error).__name__}: {error}"
-        raise
+        if not pruned:
+            raise
+        print(f"given up: {error}")
     finally:
         job.seconds = round(time.monotonic() - start, 1)
         if _first():

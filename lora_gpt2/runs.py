@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,35 @@ _PACKAGES = "torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "to
 @rank_zero_only
 def write_provenance(folder: Path, data: DataToText) -> None:
     """Writes command, versions, commit, machine, and the hashes of corpus and tokenizer."""
-    source = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=source, capture_output=True, text=True, check=False
-    )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     written = {
         "command": shlex.join(sys.argv),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
+        "versions": ", ".join(filter(None, map(_version, _PACKAGES))),
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "",
+        "commit": _commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{gpu}",
         "corpus": data.folder.name,
         "tokenizer": data.tokenizer.sha256,
     }
     write_json(folder / PROVENANCE_FILE, written)
+
+
+def _version(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:  # run from a checkout
+        return ""
+
+
+def _commit() -> str:
+    """Of the checkout that this code lies in, where it lies in one."""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        where = Path(__file__).parent
+        return subprocess.check_output(command, cwd=where, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def tokenizer_of(source: str | None) -> str:

@@ -138,7 +138,7 @@ def _train(place: Path, overrides: list[str], folder: Path, number: int) -> None
     """One trial as a process of its own: what it does to memory or to the machine ends with it."""
     pruning = {"_target_": f"{__name__}.Pruning", "folder": str(folder.resolve()), "number": number}
     told = ",".join(f"{name}:{json.dumps(value)}" for name, value in pruning.items())
-    own = [f"callbacks.pruning={{{told}}}", f"hydra.run.dir={jobs.quoted(place)}"]
+    own = [f"+callbacks.pruning={{{told}}}", f"hydra.run.dir={jobs.quoted(place)}"]
     subprocess.run([sys.executable, "-m", jobs.__spec__.name, *overrides, *own], check=False)
 
 

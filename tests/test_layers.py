@@ -24,7 +24,7 @@ LAYERS = [
     {"costs"},
     {"experiment", "conversion", "plan"},
     {"demo", "jobs"},
-    {"search", "report", "playground"},
+    {"search", "report"},
     {"sweep_cli"},
     {"cli"},
 ]

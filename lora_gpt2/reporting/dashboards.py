@@ -44,7 +44,7 @@ class WandbRun(WandbLogger):
         `upload_adapter`: the adapter becomes an artifact of the run at its end.
         """
         self.folder, self.upload_adapter = Path(save_dir), upload_adapter
-        known = _known_id(self.folder if resume is None else Path(resume))
+        known = _known_id(Path(resume)) if resume is not None else None
         options: dict[str, Any] = {"entity": entity, "group": group, "tags": tags}
         options["settings"] = wandb.Settings(init_timeout=_PATIENCE, silent=True)
         super().__init__(name=name, save_dir=save_dir, project=project, id=known, offline=offline, **options)

@@ -73,7 +73,7 @@ def test_a_sweep_is_a_group_of_runs_with_config_scalars_and_tables(tmp_path, tin
         history = [items(r.history.item) for r in found if r.WhichOneof("record_type") == "history"]
         seen = {name for row in history for name in row}
         assert {"train/loss", "valid/loss", "valid/perplexity", "valid/token_accuracy", "lr",
-                "tokens_per_second", "memory_gb", "valid/bleu", "predictions"} <= seen  # fmt: skip
+                "tokens_per_second", "memory_gb", "valid/bleu", "predictions/path"} <= seen  # fmt: skip
         (table,) = (sweep / str(number)).glob("wandb/offline-run-*/files/media/table/predictions_*.json")
         held = json.loads(table.read_text())
         assert held["columns"] == ["step", "input", "references", "prediction"]
