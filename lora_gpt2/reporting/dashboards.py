@@ -1,5 +1,6 @@
 """Weights & Biases: one run for each training, grouped by sweep; on disk where W&B cannot be had."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class WandbRun(WandbLogger):
         """
         self.folder, self.upload_adapter = Path(save_dir), upload_adapter
         known = _known_id(Path(resume)) if resume is not None else None
+        name = name or os.environ.get("WANDB_NAME")  # W&B itself reads them once in a process
+        group = group or os.environ.get("WANDB_RUN_GROUP")
         options: dict[str, Any] = {"entity": entity, "group": group, "tags": tags}
         options["settings"] = wandb.Settings(init_timeout=_PATIENCE, silent=True)
         super().__init__(name=name, save_dir=save_dir, project=project, id=known, offline=offline, **options)
