@@ -61,7 +61,8 @@ def small(command: str) -> list[str]:
     if program == "lora-gpt2":
         if arguments[:2] == ["sweep", "search"]:
             kept = [argument for argument in arguments if not argument.startswith("base=")]
-            arguments = [*kept[: kept.index("--trials")], *SMALL, "--trials", "1"]
+            short = [*SMALL, "trainer.val_check_interval=1"]
+            arguments = [*kept[: kept.index("--trials")], *short, "--trials", "1"]
         arguments += SMALL if arguments[0] == "plan" else []
         return [sys.executable, "-m", "lora_gpt2.cli", *arguments]
     script, *arguments = arguments
