@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lora_gpt2.memory import most_resident
+from lora_gpt2.memory import peak
 from lora_gpt2.model.products import blocks, product
 
 PACKAGES = "torch", "lightning", "transformers", "peft", "ctranslate2", "lora-gpt2"
@@ -49,9 +49,7 @@ def cpuinfo() -> list[str]:
 
 def peak_memory(device: str) -> float:
     """The most memory that this process ever held, in GB."""
-    if device == "cpu":
-        return most_resident() / 1e9
-    return torch.cuda.max_memory_allocated() / 1e9
+    return peak(torch.device(device)) / 1e9
 
 
 def peak_operations(dtype: str, device: str) -> float:

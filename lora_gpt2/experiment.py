@@ -27,7 +27,7 @@ from lora_gpt2.files import write_json
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.reporting import screen
-from lora_gpt2.scoring import Asked
+from lora_gpt2.scoring import Asked, longest_context
 from lora_gpt2.settings import GenerateSettings, TrainSettings
 from lora_gpt2.training.callbacks import Progress, RanksAgree
 from lora_gpt2.training.module import LanguageModeling
@@ -214,10 +214,7 @@ def _build(node: Any, **where: str | None) -> Any:
 
 def _queries(settings: GenerateSettings, data: DataToText, models: Mapping[str, GPT2LMModel]) -> Queries:
     positions = models[""].config.n_positions
-    longest = min(settings.data.seq_len, positions) - settings.decoding.eval_len
-    if longest < 1:
-        what = f"{settings.decoding.eval_len} leaves no room for a context"
-        raise UserError("decoding.eval_len", what, "make it smaller than data.seq_len")
+    longest = longest_context(settings.data, positions, settings.decoding, "decoding")
     rows = list(data.rows(settings.split, positions))
     for number, row in enumerate(rows):
         if row.adapter not in models:

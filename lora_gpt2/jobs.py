@@ -117,11 +117,12 @@ def launch(cfg: DictConfig) -> float | None:
             raise UserError("torchrun", "would run the whole sweep in each of its processes", do)
         if in_sweep:
             _name_for_dashboards(here)
-        work = partial(_in_a_process, here) if in_sweep and _starts_processes(resolved.trainer) else _here
+        apart = in_sweep and _starts_processes(resolved.trainer)
+        work = partial(_train_apart, here) if apart else _train
         return run(resolved, Path(here.runtime.output_dir), work, once=in_sweep)
 
 
-def _here(settings: TrainSettings, folder: Path) -> float | None:
+def _train(settings: TrainSettings, folder: Path) -> float | None:
     from lora_gpt2 import experiment  # so late that a wrong setting is reported before torch is loaded
 
     return experiment.train(settings, folder)
@@ -129,9 +130,9 @@ def _here(settings: TrainSettings, folder: Path) -> float | None:
 
 def _name_for_dashboards(here: HydraConf) -> None:
     """W&B takes these where the settings name no group and no run."""
-    given = _parsed(sweep_of(Path(here.sweep.dir)).hydra.overrides.task)
+    given = parsed(sweep_of(Path(here.sweep.dir)).hydra.overrides.task)
     of_all = {one.get_key_element() for one in given if not one.is_sweep_override()}
-    own = [one for one in _parsed(here.overrides.task) if one.get_key_element() not in of_all]
+    own = [one for one in parsed(here.overrides.task) if one.get_key_element() not in of_all]
     os.environ["WANDB_RUN_GROUP"] = Path(here.sweep.dir).name
     os.environ["WANDB_NAME"] = " ".join(str(one.input_line) for one in own)
 
@@ -148,12 +149,11 @@ def _starts_processes(trainer: dict[str, Any]) -> bool:
     return trainer.get("devices") not in (1, "1") and not spawned and not there_already
 
 
-def _in_a_process(here: HydraConf, settings: TrainSettings, folder: Path) -> float | None:
+def _train_apart(here: HydraConf, settings: TrainSettings, folder: Path) -> float | None:
     """Trains as a run of its own, whose ranks know nothing of the sweep. Raises UserError where it fails."""
-    resume = [] if settings.resume is None else [f"resume={quoted(settings.resume)}"]
-    own = [f"hydra.run.dir={quoted(folder)}", "hydra.mode=RUN", "hydra.output_subdir=null"]
-    command = [sys.executable, "-m", __spec__.name, *here.overrides.task, *resume, *own]
-    process = subprocess.Popen(command, cwd=here.runtime.cwd)
+    resume = [] if settings.resume is None else [f"resume={_quoted(settings.resume)}"]
+    overrides = [*here.overrides.task, *resume, "hydra.output_subdir=null"]
+    process = subprocess.Popen(command(overrides, folder), cwd=here.runtime.cwd)
     try:
         code = process.wait()
     finally:
@@ -165,7 +165,13 @@ def _in_a_process(here: HydraConf, settings: TrainSettings, folder: Path) -> flo
     return ended.valid_loss
 
 
-def quoted(value: object) -> str:
+def command(overrides: Iterable[str], folder: Path) -> list[str]:
+    """What trains with `overrides` in `folder` as a run of its own."""
+    own = [f"hydra.run.dir={_quoted(folder)}", "hydra.mode=RUN"]
+    return [sys.executable, "-m", __spec__.name, *overrides, *own]
+
+
+def _quoted(value: object) -> str:
     """As Hydra's command line takes any text."""
     return "'" + str(value).replace("'", "\\'") + "'"
 
@@ -274,12 +280,13 @@ def planned(folder: Path) -> dict[str, list[str]]:
 
     noted = sweep_of(folder).hydra
     given = [f"{name}={values}" for name, values in (noted.sweeper.params or {}).items()]
-    batches = BasicSweeper.split_arguments(_parsed([*given, *noted.overrides.task]), None)
+    batches = BasicSweeper.split_arguments(parsed([*given, *noted.overrides.task]), None)
     each = [overrides for batch in batches for overrides in batch]
     return {str(number): overrides for number, overrides in enumerate(each)}
 
 
-def _parsed(overrides: Iterable[str]) -> list[Override]:
+def parsed(overrides: Iterable[str]) -> list[Override]:
+    """Raises HydraException for what is no override."""
     return OverridesParser.create().parse_overrides(list(overrides))
 
 

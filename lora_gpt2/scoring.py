@@ -10,6 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lora_gpt2.data.config import DataSettings
 from lora_gpt2.data.jsonl import TextRow, read_text_rows
 from lora_gpt2.data.module import DataToText
 from lora_gpt2.decoding.config import DecodingSettings
@@ -17,10 +18,22 @@ from lora_gpt2.decoding.decoder import decode_stream
 from lora_gpt2.decoding.predictions import Queries
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import text_files
-from lora_gpt2.evaluation.scorer import figures, score_by_part, score_e2e, scores_as_dict
+from lora_gpt2.evaluation.scorer import WEBNLG_CORPORA, figures, score_by_part, score_e2e, scores_as_dict
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
+
+
+def longest_context(data: DataSettings, positions: int, decoding: DecodingSettings, where: str) -> int:
+    """Tokens of a context that leave room for an answer. Raises UserError where none do.
+
+    `where`: the name of the group that `decoding` is.
+    """
+    longest = min(data.seq_len, positions) - decoding.eval_len
+    if longest < 1:
+        what = f"{decoding.eval_len} leaves no room for a context"
+        raise UserError(f"{where}.eval_len", what, "make it smaller than data.seq_len")
+    return longest
 
 
 @dataclass
@@ -48,7 +61,7 @@ class Asked:
 
     def scores(self, texts: Sequence[str]) -> dict[str, Any]:
         """What scores.json holds, by the conventions of the corpus."""
-        if self.corpus in ("webnlg", "dart"):
+        if self.corpus in WEBNLG_CORPORA:
             by_part = score_by_part(texts, self.references, self.parts)
             return {part: scores_as_dict(values, self.references) for part, values in by_part.items()}
         return scores_as_dict(score_e2e(texts, self.references), self.references)
@@ -106,10 +119,7 @@ class ValidationScores(Callback):
 
     def _ask(self, data: DataToText, model: GPT2LMModel) -> tuple[Queries, Asked]:
         positions = model.config.n_positions
-        longest = min(data.settings.seq_len, positions) - self.decoding.eval_len
-        if longest < 1:
-            what = f"{self.decoding.eval_len} leaves no room for a context"
-            raise UserError("callbacks.scores.decoding.eval_len", what, "make it smaller than data.seq_len")
+        longest = longest_context(data.settings, positions, self.decoding, "callbacks.scores.decoding")
         queries = Queries((("", row.context, ()) for row in data.rows("valid", positions)), longest)
         queries.limit(self.contexts)
         return queries, Asked.of(data, "valid", queries)

@@ -2,13 +2,11 @@
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import optuna
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from lightning import Callback, LightningModule, Trainer
@@ -99,7 +97,7 @@ Suggest = Callable[[optuna.Trial], Any]
 def _parsed(overrides: Sequence[str]) -> tuple[list[str], dict[str, Suggest]]:
     """What every trial has, and what is searched."""
     try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = jobs.parsed(overrides)
     except HydraException as error:
         raise UserError("search", str(error).splitlines()[0], "see python train.py --help") from None
     spaces = {one.key_or_group: _space(one) for one in parsed if one.is_sweep_override()}
@@ -138,8 +136,7 @@ def _train(place: Path, overrides: list[str], folder: Path, number: int) -> None
     """One trial as a process of its own: what it does to memory or to the machine ends with it."""
     pruning = {"_target_": f"{__name__}.Pruning", "folder": str(folder.resolve()), "number": number}
     told = ",".join(f"{name}:{json.dumps(value)}" for name, value in pruning.items())
-    own = [f"+callbacks.pruning={{{told}}}", f"hydra.run.dir={jobs.quoted(place)}"]
-    subprocess.run([sys.executable, "-m", jobs.__spec__.name, *overrides, *own], check=False)
+    subprocess.run(jobs.command([*overrides, f"+callbacks.pruning={{{told}}}"], place), check=False)
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, place: Path, by: str) -> None:

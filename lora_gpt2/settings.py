@@ -31,7 +31,15 @@ S = TypeVar("S")
 TOGETHER = {"lora.rank": int, "lora.alpha": float, "lora.dropout": float, "optimizer.lr": float, "seed": int}
 """Settings of training that may be lists, a value for each of several adapters over one base."""
 
-WITHOUT_EFFECT = ("logger.", "callbacks.", "data.cache", "point.", "resume", "dry_run")
+WITHOUT_EFFECT = (
+    "logger.",
+    "callbacks.progress.",
+    "callbacks.pruning.",
+    "data.cache",
+    "point.",
+    "resume",
+    "dry_run",
+)
 """How the names of settings begin that do not decide what training gives."""
 
 FULL_PRECISION = (None, "32-true", "32", 32)

@@ -1,6 +1,9 @@
 """What several tests share: a tiny corpus, and experiments run in this process."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +22,7 @@ needs_compiler = pytest.mark.skipif(
     not shutil.which("g++"), reason="compile=true on a CPU needs a C++ compiler, which pip cannot install"
 )
 
+ROOT = Path(__file__).parents[1]
 TINY = ["model.n_layer=2", "model.n_embd=16", "model.n_head=2", "model.n_positions=64", "data.seq_len=64"]
 
 
@@ -43,6 +47,15 @@ def generate(folder: Path, *overrides: str, meteor: bool = False) -> dict[str, A
         if not meteor:
             patch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
         return experiment.generate(settings_of("generate", list(overrides)), folder)
+
+
+def script(name: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``python NAME.py ARGUMENTS``, with these variables and none that W&B would read."""
+    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)]
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return subprocess.run(
+        command, env={**clean, **variables}, capture_output=True, text=True, check=False, timeout=300
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,15 +13,9 @@ from lora_gpt2.data.jsonl import read_text_rows
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.training.callbacks import Progress
-from tests.conftest import TINY, generate, settings_of, train
+from tests.conftest import TINY, generate, script, settings_of, train
 
-ROOT = Path(__file__).parents[1]
 DECODING = ["data=jsonl", "data.seq_len=64", "decoding.eval_len=16", "decoding.beam_size=3"]
-
-
-def script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / f"{name}.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_one_line_a_row_in_order_and_scores_beside(tmp_path, run, tiny_corpus):

@@ -6,16 +6,15 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
 from lora_gpt2.jobs import Job, State
-from tests.test_experiment import script
+from tests.conftest import ROOT, script
 
-TRAIN = Path(__file__).parents[1] / "train.py"
+TRAIN = ROOT / "train.py"
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 
@@ -37,10 +36,8 @@ def test_a_sweep_over_two_devices_has_exactly_its_jobs(tmp_path, tiny):
 
 
 def test_a_sweep_under_torchrun_is_refused(tmp_path, tiny):
-    done = subprocess.run(
-        [sys.executable, TRAIN, "-m", *tiny, "seed=1,2", f"hydra.sweep.dir={tmp_path}"],
-        env={**os.environ, "TORCHELASTIC_RUN_ID": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    sweep = ["-m", *tiny, "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    done = script("train", *sweep, TORCHELASTIC_RUN_ID="1")
     assert done.returncode == 1
     assert "torchrun: would run the whole sweep in each of its processes" in done.stderr
 

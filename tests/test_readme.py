@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lora_gpt2.data.corpora import demo
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -29,6 +29,9 @@ from lora_gpt2.evaluation.ter import ter
 References = Sequence[Sequence[str]]
 Convention = Literal["tokenised", "plain"]
 
+WEBNLG_CORPORA = "webnlg", "dart"
+"""The corpora that are scored as WebNLG's scripts do."""
+
 MEANING: dict[Convention, str] = {
     "plain": "The references are plain text, as in the official scorer's published figures.",
     "tokenised": "The references are tokenised text, as in the LoRA paper; on E2E this lifts BLEU by about "

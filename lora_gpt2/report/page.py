@@ -16,9 +16,8 @@ from lora_gpt2 import conversion, jobs, settings
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import significance, text_files
 from lora_gpt2.evaluation.rouge_cider import rouge_l
-from lora_gpt2.evaluation.scorer import e2e_statistics, webnlg_statistics
+from lora_gpt2.evaluation.scorer import WEBNLG_CORPORA, e2e_statistics, webnlg_statistics
 from lora_gpt2.evaluation.significance import Interval
-from lora_gpt2.evaluation.statistics import Statistics
 from lora_gpt2.files import read_json, write_text
 from lora_gpt2.jobs import Job
 from lora_gpt2.report import coverage, pictures
@@ -56,11 +55,10 @@ class Entry:
     job: Job
     values: dict[str, float]
     """Validation loss and scores, as its files have them."""
-    statistics: dict[str, Statistics] = field(default_factory=dict)
+    texts: Texts | None
     intervals: dict[str, Interval] = field(default_factory=dict)
     p_values: dict[str, float] = field(default_factory=dict)
     """Against the one that all are compared to."""
-    texts: Texts | None = None
 
 
 def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int | None = None) -> bool:
@@ -107,7 +105,8 @@ def _entries(folder: Path) -> list[Entry]:
     found = []
     for place, job in finished.items():
         chosen = [f"{name.rpartition('.')[2]} {job.settings.get(name)}" for name in names]
-        found.append(Entry(", ".join(chosen) or place.name, place, job, sweep.metrics(place)))
+        name = ", ".join(chosen) or place.name
+        found.append(Entry(name, place, job, sweep.metrics(place), Texts.of(place)))
     by = "bleu" if all("bleu" in entry.values for entry in found) else sweep.LOSS
     sign = 1 if by in sweep.FALLING else -1
     return sorted(found, key=lambda entry: sign * entry.values.get(by, float("inf") * sign))
@@ -115,11 +114,9 @@ def _entries(folder: Path) -> list[Entry]:
 
 def _compare(entries: Sequence[Entry], baseline: Path | None) -> str | None:
     """Fills in intervals and p-values; returns what all are compared to: `baseline`, else the best."""
-    scored = [entry for entry in entries if (entry.folder / "hypotheses.txt").is_file()]
+    scored = [entry for entry in entries if entry.texts]
     if not scored:
         return None
-    for entry in scored:
-        entry.texts = Texts.of(entry.folder)
     against = Texts.of(baseline) if baseline is not None else None
     if baseline is not None and against is None:
         raise UserError("--baseline", f"{baseline} holds no hypotheses.txt", "decode and score it first")
@@ -132,11 +129,10 @@ def _compare(entries: Sequence[Entry], baseline: Path | None) -> str | None:
     systems = [entry.texts.predictions for entry in alike if entry.texts]
     if against is not None:
         systems.append(against.predictions)
-    webnlg = scored[0].job.settings.get("data.corpus") in ("webnlg", "dart")
+    webnlg = scored[0].job.settings.get("data.corpus") in WEBNLG_CORPORA
     found = (webnlg_statistics if webnlg else e2e_statistics)(systems, first.references)
     reference = found[-1] if against is not None else found[0]
     for entry, of_each in zip(alike, found, strict=False):
-        entry.statistics = of_each
         for metric, one in of_each.items():
             entry.intervals[metric] = significance.interval(significance.resampled(one))
             if metric in reference and one is not reference[metric]:

@@ -1,13 +1,11 @@
 """Callbacks that Lightning does not have: a report for screens and log files, and the plateau schedule."""
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -26,15 +24,14 @@ class RanksAgree(Callback):
     """Stops a run whose processes were given different settings: they would train on as one, unnoticed."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        told = json.dumps(settings, sort_keys=True).encode()
-        self.digest = int(hashlib.sha256(told).hexdigest()[:15], 16)
+        self.settings = settings
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.world_size == 1:
             return
-        own = torch.tensor(self.digest, device=pl_module.device)
-        seen = cast(Tensor, pl_module.all_gather(own))
-        if not torch.equal(seen, own.expand_as(seen)):
+        of_all: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(of_all, self.settings)
+        if any(settings != self.settings for settings in of_all):
             what = "the processes of this run were given different settings"
             raise UserError("trainer", what, "start all of them with the same command")
 

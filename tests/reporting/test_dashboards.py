@@ -1,17 +1,14 @@
 """What W&B's own files hold of a run, read back; and a training that W&B cannot stop."""
 
 import json
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-TRAIN = Path(__file__).parents[2] / "train.py"
+from tests.conftest import script
 
 
 def records(folder: Path) -> list[Any]:
@@ -38,14 +35,6 @@ def records(folder: Path) -> list[Any]:
 _BLOCK = 32768
 
 
-def trained(*overrides: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return subprocess.run(
-        [sys.executable, TRAIN, *map(str, overrides)],
-        env={**clean, **variables}, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-
-
 def items(update: Any) -> dict[str, Any]:
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in update}
 
@@ -57,7 +46,7 @@ def test_a_sweep_is_a_group_of_runs_with_config_scalars_and_tables(tmp_path, tin
                "callbacks=scores", "callbacks.scores.contexts=2", "callbacks.scores.decoding.eval_len=8",
                "trainer.max_epochs=1",
                "trainer.log_every_n_steps=1", "logger.upload_adapter=true"]  # fmt: skip
-    done = trained("-m", *options, "lora.rank=1,2", f"hydra.sweep.dir={sweep}")
+    done = script("train", "-m", *options, "lora.rank=1,2", f"hydra.sweep.dir={sweep}")
     assert done.returncode == 0, done.stderr
     ids = set()
     for number, rank in enumerate((1, 2)):
@@ -89,7 +78,9 @@ def test_a_bogus_key_and_no_network_do_not_stop_a_training(tmp_path, tiny):
     """The key is in none of the files that the run leaves."""
     key = "0123456789abcdef" * 2 + "deadbeef"
     nowhere = {"WANDB_API_KEY": key, "WANDB_BASE_URL": "http://127.0.0.1:9"}
-    done = trained(*tiny, "logger=wandb", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}", **nowhere)
+    done = script(
+        "train", *tiny, "logger=wandb", "trainer.max_steps=2", f"hydra.run.dir={tmp_path}", **nowhere
+    )
     assert done.returncode == 0, done.stderr
     assert "logged offline" in done.stdout
     assert (tmp_path / "model.safetensors").is_file()
@@ -101,9 +92,9 @@ def test_a_bogus_key_and_no_network_do_not_stop_a_training(tmp_path, tiny):
 @pytest.mark.parametrize("resumed_in", ["same", "other"])
 def test_a_resumed_run_goes_on_in_the_same_run(tmp_path, tiny, resumed_in):
     place, options = tmp_path / "same", [*tiny, "logger=wandb", "logger.offline=true"]
-    assert trained(*options, "trainer.max_epochs=1", f"hydra.run.dir={place}").returncode == 0
+    assert script("train", *options, "trainer.max_epochs=1", f"hydra.run.dir={place}").returncode == 0
     first = json.loads((place / "wandb.json").read_text())["id"]
     again = tmp_path / resumed_in
-    done = trained(*options, "trainer.max_epochs=2", f"resume={place}", f"hydra.run.dir={again}")
+    done = script("train", *options, "trainer.max_epochs=2", f"resume={place}", f"hydra.run.dir={again}")
     assert done.returncode == 0, done.stderr
     assert json.loads((again / "wandb.json").read_text())["id"] == first
