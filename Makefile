@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-corpora test-slow clean
+.PHONY: demo test test-browser test-corpora test-slow clean
 
 demo: .venv/installed
 	$(BIN)/lora-gpt2 demo
@@ -24,6 +24,11 @@ test-corpora: .venv/installed-test
 
 test-slow: .venv/installed-test
 	$(BIN)/pytest -m slow
+
+# The pages in Chromium; CHROMIUM=PATH where it is not found by itself.
+test-browser: .venv/installed-test
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/pytest -m browser
 
 .venv/bin/python:
 	@echo "Making .venv with $$($(PYTHON) --version)"

@@ -280,6 +280,27 @@ def report(
 
 
 @app.command()
+def serve(
+    runs: Annotated[list[str], typer.Argument(help="Folders of runs or sweeps, adapter files, or models.")],
+    base: Annotated[
+        str | None, typer.Option(help="Their base, if it is not where it was in training.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
+    seconds: Annotated[float, typer.Option(help="The longest that an answer may take.", min=1)] = 60,
+) -> None:
+    """Try adapters by hand, in a browser on this machine: inputs, beams and their tree, two side by side."""
+    try:
+        import torch
+
+        from lora_gpt2.playground.models import open_playground
+        from lora_gpt2.playground.server import serve as answer
+    except ModuleNotFoundError as error:
+        raise UserError("serve", f"needs {error.name}", 'pip install "lora-gpt2[serve]"') from None
+    playground = open_playground(runs, base, seconds, "cuda" if torch.cuda.is_available() else "cpu")
+    answer(playground, port, lambda address: typer.echo(f"{address}  (stop it with Ctrl-C)"))
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the artefacts.")] = Path("outputs/demo"),
     again: Annotated[

@@ -49,7 +49,7 @@ def write_provenance(folder: Path, data: DataToText) -> None:
         "python": platform.python_version(),
         "commit": _commit(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores{gpu}",
-        "corpus": data.folder.name,
+        "corpus": str(data.folder.resolve()),
         "tokenizer": data.tokenizer.sha256,
     }
     write_json(folder / PROVENANCE_FILE, written)

@@ -7,13 +7,11 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.data.jsonl import TextRow, read_text_rows
 from lora_gpt2.data.module import DataToText
-from lora_gpt2.decoding.config import DecodingSettings
+from lora_gpt2.decoding.config import DecodingSettings, decoding_settings
 from lora_gpt2.decoding.decoder import decode_stream
 from lora_gpt2.decoding.predictions import Queries
 from lora_gpt2.errors import UserError
@@ -84,12 +82,7 @@ class ValidationScores(Callback):
 
         Raises UserError for settings that are none.
         """
-        try:
-            merged = OmegaConf.merge(OmegaConf.structured(DecodingSettings), dict(decoding or {}))
-            self.decoding = cast(DecodingSettings, OmegaConf.to_object(merged))
-        except (OmegaConfBaseException, ValueError) as error:
-            do = "give settings of the group decoding, e.g. {beam_size: 4}"
-            raise UserError("callbacks.scores.decoding", str(error).splitlines()[0], do) from None
+        self.decoding = decoding_settings(decoding or {}, "callbacks.scores.decoding")
         self.contexts = contexts
         self._asked: tuple[Queries, Asked] | None = None
 

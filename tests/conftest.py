@@ -1,19 +1,23 @@
-"""What several tests share: a tiny corpus, and experiments run in this process."""
+"""What several tests share: a tiny corpus, and what was trained on it."""
 
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.parse import urlsplit
 
 import hypothesis
 import pytest
 from hydra import compose, initialize_config_module
 
-from lora_gpt2 import experiment, settings
+from lora_gpt2 import experiment, jobs, settings
 from lora_gpt2.data.jsonl import TextRow, write_text_rows
+from lora_gpt2.playground import server
+from lora_gpt2.playground.models import Playground, open_playground
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("repeatable")
@@ -105,3 +109,42 @@ def run(tmp_path_factory, tiny_corpus) -> Path:
     strong = ["optimizer.lr=5e-2", "trainer.max_epochs=4", "keep=last", "data.objective=jlm"]
     train(folder / "other", *over, *strong, "lora.rank=2", "lora.targets=[q,k,mlp_c_fc]")
     return folder
+
+
+@pytest.fixture(scope="session")
+def swept(tmp_path_factory, run, tiny_corpus):
+    """A sweep of two ranks, each decoded and scored, without METEOR."""
+    folder = tmp_path_factory.mktemp("swept")
+    common = [*TINY,
+              "data=jsonl", f"data.root={tiny_corpus}", "lora=qv", f"base={run / 'base'}", "score=valid",
+              "decoding.eval_len=16", "decoding.beam_size=2", "trainer.max_epochs=2",
+              "trainer.log_every_n_steps=1"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
+        for name, rank in (("0", 1), ("1", 2)):
+            overrides = [*common, f"lora.rank={rank}"]
+            (folder / name).mkdir()
+            work = lambda settings, place, given=overrides: train(place, *given)  # noqa: E731
+            jobs.run(settings_of("train", overrides), folder / name, work, once=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def playground(run) -> Playground:
+    return open_playground([str(run / name) for name in ("adapter", "other", "base")])
+
+
+@pytest.fixture(scope="session")
+def address(playground) -> str:
+    """Of a server on a free port."""
+    told: list[str] = []
+    there = threading.Event()
+
+    def tell(where: str) -> None:
+        told.append(where)
+        there.set()
+
+    threading.Thread(target=server.serve, args=(playground, 0, tell), daemon=True).start()
+    assert there.wait(30)
+    assert urlsplit(told[0]).hostname == "127.0.0.1"
+    return told[0]

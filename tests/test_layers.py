@@ -25,7 +25,7 @@ LAYERS = [
     {"experiment", "conversion", "plan"},
     {"demo", "jobs"},
     {"search", "report"},
-    {"sweep_cli"},
+    {"playground", "sweep_cli"},
     {"cli"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

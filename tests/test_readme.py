@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PAGES = [
     (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("adapters.md", "decoding.md", "performance.md", "sweeps.md")
+    for name in ("adapters.md", "decoding.md", "performance.md", "playground.md", "sweeps.md")
 ]
 
 
@@ -102,8 +102,19 @@ def test_a_command_of_a_page_runs(command, adapters):
     arguments = small(command)
     if "generate.py" in command:
         arguments += ["data.seq_len=64", "limit=2"]
+    if "serve" in arguments:
+        serves([*arguments, "--port", "0"], adapters)
+        return
     done = subprocess.run(arguments, cwd=adapters, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def serves(arguments: list[str], folder: Path) -> None:
+    with subprocess.Popen(arguments, cwd=folder, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        address = server.stdout.readline()
+        server.kill()
+    assert address.startswith("http://127.0.0.1:")
 
 
 def test_the_makes_of_the_readme_exist():

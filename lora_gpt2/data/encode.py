@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ def _encode(corpus: str, inputs: dict[str, Input], tokenizer: Tokenizer, output:
             ]
         else:
             texts = list(source.read())
-            rows = _encode_rows(texts, tokenizer)
+            rows = encode_rows(texts, tokenizer)
         if not rows:
             raise UserError(source.name, "holds no example", "take a complete file")
         write_text_rows(output / f"{split}.text.jsonl", texts)
@@ -197,7 +197,7 @@ def _encode(corpus: str, inputs: dict[str, Input], tokenizer: Tokenizer, output:
     return meta
 
 
-def _encode_rows(texts: list[TextRow], tokenizer: Tokenizer) -> list[Row]:
+def encode_rows(texts: Sequence[TextRow], tokenizer: Tokenizer) -> list[Row]:
     """BPE(context) + [end] and BPE(" " + completion without trailing white space) + [end] of each row."""
     distinct = list(dict.fromkeys(row.context for row in texts))
     end = [tokenizer.end_token]

@@ -1,9 +1,15 @@
 """The group `decoding`: beam search, sampling, and their rules."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any, cast
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lora_gpt2.errors import UserError
 from lora_gpt2.model.settings import Precision
 
 
@@ -118,3 +124,13 @@ class DecodingSettings:
             )
         if self.dialect is Dialect.hf and self.strategy is not Strategy.beam:
             raise ValueError("decoding.dialect=hf is a beam search: it needs decoding.strategy=beam")
+
+
+def decoding_settings(given: Mapping[str, Any], where: str) -> DecodingSettings:
+    """The settings with their defaults. Raises UserError, at `where`, for what is no setting or no value."""
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(DecodingSettings), dict(given))
+        return cast(DecodingSettings, OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, ValueError) as error:
+        do = "give settings of the group decoding, e.g. {beam_size: 4}"
+        raise UserError(where, str(error).splitlines()[0], do) from None

@@ -1,6 +1,6 @@
 """Decoding on a GPT-2: contexts run once, and queries come and go while the others go on."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -12,9 +12,12 @@ from torch.nn.utils.rnn import pad_sequence
 from lora_gpt2.decoding.beam import Search
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.phrases import Phrases
-from lora_gpt2.decoding.state import Hypothesis
+from lora_gpt2.decoding.state import Beams, Hypothesis
 from lora_gpt2.model.cache import BeamTree, RowCache
 from lora_gpt2.model.language_model import GPT2LMModel
+
+Watch = Callable[[Beams, Tensor], None]
+"""Sees the beams after each token, and their parents (Q, K) before it."""
 
 
 class Query(NamedTuple):
@@ -51,6 +54,7 @@ def decode_stream(
     queries: Iterable[Query],
     settings: DecodingSettings,
     end_tokens: list[int],
+    watch: Watch = lambda beams, parents: None,
 ) -> Iterator[tuple[int, list[Hypothesis]]]:
     """(number, best outputs) of each query, in the order in which they are done; adapters are not looked at.
 
@@ -60,7 +64,7 @@ def decode_stream(
     fresh = list(islice(waiting, settings.batch_size or fitting_batch(model, settings)))
     if not fresh:
         return
-    pool = _Pool(model, settings, end_tokens, len(fresh))
+    pool = _Pool(model, settings, end_tokens, len(fresh), watch)
     while fresh or pool.numbers:
         if not fresh:
             pool.step()
@@ -103,9 +107,14 @@ class _Pool:
     """The queries that are being decoded, each at its place."""
 
     def __init__(
-        self, model: GPT2LMModel, settings: DecodingSettings, end_tokens: list[int], places: int
+        self,
+        model: GPT2LMModel,
+        settings: DecodingSettings,
+        end_tokens: list[int],
+        places: int,
+        watch: Watch,
     ) -> None:
-        self.model, self.places = model, places
+        self.model, self.places, self.watch = model, places, watch
         self.device = model.transformer.wte.weight.device
         longest = max(0, model.config.n_ctx - settings.eval_len)
         self.search = Search(settings, end_tokens, self.device, longest)
@@ -135,8 +144,10 @@ class _Pool:
         last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
         start = self.search.start([query.number for query in queries], [query.context for query in queries])
         phrases = [query.phrases for query in queries]
-        beams, self.parents[places] = self.search.extend(start, last, self.model.lm_head, phrases)
+        beams, parents = self.search.extend(start, last, self.model.lm_head, phrases)
+        self.watch(beams, parents)
         self.beams.put(places, beams)
+        self.parents[places] = parents
         self.contexts[places] = lengths
 
     def step(self) -> None:
@@ -152,6 +163,7 @@ class _Pool:
         hidden = self.model.transformer.hidden_states(tokens[computed], positions[computed], self.tree.layers)
         last = hidden[alive[computed], 0]
         self.beams, self.parents = self.search.extend(beams, last, self.model.lm_head, self.phrases)
+        self.watch(self.beams, self.parents)
         self._clear(place for place in range(self.places) if place not in self.numbers)
 
     def take_done(self) -> Iterator[tuple[int, list[Hypothesis]]]:

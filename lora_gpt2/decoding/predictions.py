@@ -226,7 +226,7 @@ def write_predictions(
             line: dict[str, Any] = {
                 "id": row,
                 "predict": predict,
-                "score": _rounded(score),
+                "score": rounded(score),
                 "text": clean(tokens),
             }
             if adapter := queries.adapters[number]:
@@ -236,14 +236,14 @@ def write_predictions(
                     {
                         "text": clean(one.tokens),
                         "tokens": one.tokens,
-                        "score": _rounded(one.score),
-                        "log_probs": [_rounded(each) for each in one.log_probs],
+                        "score": rounded(one.score),
+                        "log_probs": [rounded(each) for each in one.log_probs],
                     }
                     for one in found
                 ]
             file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _rounded(score: float) -> float | None:
+def rounded(score: float) -> float | None:
     """To five decimals: the seventh digit depends on the rows beside. None where all was forbidden."""
     return round(score, 5) if math.isfinite(score) else None

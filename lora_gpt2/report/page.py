@@ -101,12 +101,11 @@ def _template() -> jinja2.Template:
 def _entries(folder: Path) -> list[Entry]:
     """What is finished, the best first."""
     finished = jobs.adapters(folder)
-    names = sweep.varying([job.settings for job in finished.values()])
-    found = []
-    for place, job in finished.items():
-        chosen = [f"{name.rpartition('.')[2]} {job.settings.get(name)}" for name in names]
-        name = ", ".join(chosen) or place.name
-        found.append(Entry(name, place, job, sweep.metrics(place), Texts.of(place)))
+    names = sweep.names({place: job.settings for place, job in finished.items()})
+    found = [
+        Entry(names[place], place, job, sweep.metrics(place), Texts.of(place))
+        for place, job in finished.items()
+    ]
     by = "bleu" if all("bleu" in entry.values for entry in found) else sweep.LOSS
     sign = 1 if by in sweep.FALLING else -1
     return sorted(found, key=lambda entry: sign * entry.values.get(by, float("inf") * sign))

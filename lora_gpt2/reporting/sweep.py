@@ -100,6 +100,17 @@ def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in names if any(one.get(name) != settings[0].get(name) for one in settings)]
 
 
+def names(runs: Mapping[Path, Mapping[str, Any]]) -> dict[Path, str]:
+    """What tells each run, a folder with its settings, from the others: rank 4, alpha 16."""
+    telling = varying(list(runs.values()))
+
+    def name(folder: Path, settings: Mapping[str, Any]) -> str:
+        chosen = (f"{setting.rpartition('.')[2]} {settings.get(setting)}" for setting in telling)
+        return ", ".join(chosen) or folder.resolve().name
+
+    return {folder: name(folder, settings) for folder, settings in runs.items()}
+
+
 def states(jobs: Sequence[Sequence[str]]) -> None:
     """Prints a line for each job."""
     shown = Table("job", "settings", "state", "validation loss", "minutes", "error")

@@ -10,25 +10,6 @@ import pytest
 from lora_gpt2 import jobs
 from lora_gpt2.errors import UserError
 from lora_gpt2.report import page, pictures
-from tests.conftest import TINY, settings_of, train
-
-
-@pytest.fixture(scope="session")
-def swept(tmp_path_factory, run, tiny_corpus):
-    """A sweep of two ranks, each decoded and scored, without METEOR."""
-    folder = tmp_path_factory.mktemp("swept")
-    common = [*TINY,
-              "data=jsonl", f"data.root={tiny_corpus}", "lora=qv", f"base={run / 'base'}", "score=valid",
-              "decoding.eval_len=16", "decoding.beam_size=2", "trainer.max_epochs=2",
-              "trainer.log_every_n_steps=1"]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
-        for name, rank in (("0", 1), ("1", 2)):
-            overrides = [*common, f"lora.rank={rank}"]
-            (folder / name).mkdir()
-            work = lambda settings, place, given=overrides: train(place, *given)  # noqa: E731
-            jobs.run(settings_of("train", overrides), folder / name, work, once=True)
-    return folder
 
 
 @pytest.fixture

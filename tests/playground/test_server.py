@@ -1,0 +1,132 @@
+"""The server as a browser, and as something worse, meets it."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.playground import server
+
+JSON = {"Content-Type": "application/json"}
+ASKED = {"input": "red cat", "adapter": "adapter", "decoding": {"beam_size": 2, "eval_len": 8}}
+
+
+def answer(address: str, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
+    text = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+    connection.request(method, path, text, {name.replace("_", "-"): value for name, value in headers.items()})
+    response = connection.getresponse()
+    return response.status, response.read().decode()
+
+
+def test_the_page_loads_nothing_from_elsewhere(address):
+    status, page = answer(address, "GET", "/")
+    assert status == 200
+    assert "//" not in page.replace("<!--", "")
+    for file in ("/page.js", "/page.css"):
+        status, text = answer(address, "GET", file)
+        assert status == 200
+        assert "http" not in text
+    connection = http.client.HTTPConnection(urlsplit(address).netloc)
+    connection.request("GET", "/")
+    sent = connection.getresponse().headers
+    assert "default-src 'none'" in sent["Content-Security-Policy"]
+    assert sent["Server"] is None
+
+
+def test_it_answers(address):
+    status, told = answer(address, "POST", "/decode", ASKED, **JSON)
+    assert status == 200
+    assert len(json.loads(told)["outputs"]) == 2
+    status, told = answer(address, "GET", "/about")
+    assert json.loads(told)["adapters"][0] == "adapter"
+
+
+@pytest.mark.parametrize(
+    ("status", "headers"),
+    [
+        (400, {**JSON, "Host": "attacker.example"}),
+        (403, {**JSON, "Origin": "http://attacker.example"}),
+        (403, {**JSON, "Origin": "null"}),
+        (415, {"Content-Type": "text/plain"}),
+        (415, {}),
+    ],
+)
+def test_other_sites_cannot_ask(address, status, headers):
+    assert answer(address, "POST", "/decode", ASKED, **headers)[0] == status
+
+
+def test_its_own_page_can_ask(address):
+    assert answer(address, "POST", "/decode", ASKED, **JSON, Origin=address)[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, b"{"),
+        (400, b"\xff"),
+        (400, b"[" * 60_000),
+        (413, b" " * 70_000),
+        (422, b"null"),
+        (422, b'{"input": "\\ud800", "adapter": "adapter"}'),
+        (422, {**ASKED, "decoding": {"beam_size": 0}}),
+        (422, {**ASKED, "adapter": "../../etc/passwd"}),
+    ],
+)
+def test_what_is_no_question_is_refused(address, status, body):
+    found, told = answer(address, "POST", "/decode", body, **JSON)
+    assert found == status
+    assert json.loads(told)["error"]
+
+
+@pytest.mark.parametrize("path", ["/../pyproject.toml", "/%2e%2e/pyproject.toml", "//etc/passwd", "/page.py"])
+def test_there_are_no_other_files(address, path):
+    assert answer(address, "GET", path)[0] == 404
+
+
+def test_a_slow_question_is_refused(address, monkeypatch):
+    monkeypatch.setattr(server, "_SECONDS", 0.2)
+    with socket.create_connection((urlsplit(address).hostname, urlsplit(address).port)) as slow:
+        slow.sendall(b"POST /decode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        slow.sendall(b"Content-Length: 100\r\n\r\n{")
+        assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_an_answer_that_takes_too_long_is_given_up(address, playground, monkeypatch):
+    monkeypatch.setattr(playground, "seconds", 0)
+    status, told = answer(address, "POST", "/decode", ASKED, **JSON)
+    assert (status, "took longer" in told) == (503, True)
+
+
+def test_a_fault_inside_tells_nothing_of_it(address, playground, monkeypatch):
+    monkeypatch.setattr(playground, "decode", lambda asked: 1 / 0)
+    status, told = answer(address, "POST", "/decode", ASKED, **JSON)
+    assert (status, told) == (500, '{"error":"an error inside the server"}')
+
+
+def test_a_taken_port_is_named(address, playground):
+    with pytest.raises(UserError, match="cannot be had"):
+        server.serve(playground, urlsplit(address).port or 0, print)
+
+
+def test_the_command_serves_until_it_is_interrupted(run):
+    command = [sys.executable, "-m", "lora_gpt2.cli", "serve", str(run / "adapter"), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    assert line.startswith("http://127.0.0.1:"), process.stderr and process.stderr.read()
+    assert answer(line.split()[0], "POST", "/decode", ASKED, **JSON)[0] == 200
+    os.kill(process.pid, signal.SIGINT)
+    started = time.monotonic()
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - started < 20
+    assert "Traceback" not in said
