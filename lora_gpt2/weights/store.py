@@ -95,6 +95,19 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], description: Descri
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with replacing(path) as temporary:
         save_file(values, temporary, metadata)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """The same weights and description are the same bytes: safetensors writes metadata in any order."""
+    with open(path, "rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def plain_update(model: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]]:

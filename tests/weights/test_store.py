@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,6 +38,14 @@ def test_a_model_and_an_adapter_come_back_bit_for_bit(tmp_path, model):
         assert all(("lora_" in name) == (kind == "adapter") for name in tensors)
         twin.load_weight(tensors)
     assert torch.equal(model(IDS)[0], twin(IDS)[0])
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path, model):
+    about = replace(description(model, "model"), card='tiny ü "\\')
+    for number in range(20):  # metadata in any order would be in another one by then
+        save_model(tmp_path / f"{number}.safetensors", model, about)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    assert read_weights(tmp_path / "0.safetensors")[0] == about
 
 
 def test_the_hash_sees_one_bit_of_the_base_and_nothing_of_the_update(model):
