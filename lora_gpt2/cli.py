@@ -282,9 +282,7 @@ def report(
 @app.command()
 def serve(
     runs: Annotated[list[str], typer.Argument(help="Folders of runs or sweeps, adapter files, or models.")],
-    base: Annotated[
-        str | None, typer.Option(help="Their base, if it is not where it was in training.")
-    ] = None,
+    base: Annotated[str | None, typer.Option(help=BASE_HELP)] = None,
     port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
     seconds: Annotated[float, typer.Option(help="The longest that an answer may take.", min=1)] = 60,
 ) -> None:

@@ -41,6 +41,13 @@ def test_adapters_are_told_apart_from_each_other_and_from_their_base(playground)
     assert told["base"] != told["other"] != told["adapter"]
 
 
+def test_a_sweep_is_its_jobs_over_one_base_in_memory(swept):
+    models = open_playground([str(swept)]).models
+    assert list(models) == ["rank 1", "rank 2", BASE]
+    assert len({id(model.transformer.wte.weight) for model in models.values()}) == 1
+    assert [model.config.lora_attn_dim for model in models.values()] == [1, 2, 0]
+
+
 def test_what_an_output_misses_is_told(playground):
     asked = {"input": "name : Zizzi | area : riverside", "adapter": "adapter", "decoding": DECODING}
     assert playground.decode(asked)["outputs"][0]["missed"] == ["name: Zizzi", "area: riverside"]

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +22,7 @@ ASKED = {"input": "red cat", "adapter": "adapter", "decoding": {"beam_size": 2, 
 def answer(address: str, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, str]:
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=60)
     text = body if isinstance(body, bytes | None) else json.dumps(body).encode()
-    connection.request(method, path, text, {name.replace("_", "-"): value for name, value in headers.items()})
+    connection.request(method, path, text, headers)
     response = connection.getresponse()
     return response.status, response.read().decode()
 
@@ -31,7 +30,7 @@ def answer(address: str, method: str, path: str, body: Any = None, **headers: st
 def test_the_page_loads_nothing_from_elsewhere(address):
     status, page = answer(address, "GET", "/")
     assert status == 200
-    assert "//" not in page.replace("<!--", "")
+    assert "//" not in page
     for file in ("/page.js", "/page.css"):
         status, text = answer(address, "GET", file)
         assert status == 200
@@ -126,7 +125,5 @@ def test_the_command_serves_until_it_is_interrupted(run):
     assert line.startswith("http://127.0.0.1:"), process.stderr and process.stderr.read()
     assert answer(line.split()[0], "POST", "/decode", ASKED, **JSON)[0] == 200
     os.kill(process.pid, signal.SIGINT)
-    started = time.monotonic()
     _, said = process.communicate(timeout=30)
-    assert time.monotonic() - started < 20
     assert "Traceback" not in said
