@@ -266,17 +266,23 @@ def report(
     live: Annotated[
         bool, typer.Option(help="Write it again every ten seconds while jobs are running.")
     ] = False,
+    wandb: Annotated[bool, typer.Option(help="Send it to the group of its runs on W&B, too.")] = False,
 ) -> None:
     """Write one page of HTML: settings, curves, scores and how sure they are, texts, how to repeat it."""
     import time
 
-    from lora_gpt2.report.page import write
+    from lora_gpt2 import jobs
+    from lora_gpt2.report.page import figures, write
 
     page = output or folder / "report.html"
     while write(folder, page, baseline, refresh=_LIVE if live else None) and live:
         typer.echo(f"in {page}, again in {_LIVE} seconds")
         time.sleep(_LIVE)
     typer.echo(f"in {page}")
+    if wandb:
+        from lora_gpt2.reporting.dashboards import send_report
+
+        send_report(page, jobs.adapters(folder), figures(folder))
 
 
 @app.command()

@@ -55,7 +55,16 @@ def generate(folder: Path, *overrides: str, meteor: bool = False) -> dict[str, A
 
 def script(name: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """``python NAME.py ARGUMENTS``, with these variables and none that W&B would read."""
-    command = [sys.executable, str(ROOT / f"{name}.py"), *map(str, arguments)]
+    return _ran([str(ROOT / f"{name}.py"), *map(str, arguments)], variables)
+
+
+def cli(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """``lora-gpt2 ARGUMENTS``, likewise."""
+    return _ran(["-m", "lora_gpt2.cli", *map(str, arguments)], variables)
+
+
+def _ran(arguments: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     return subprocess.run(
         command, env={**clean, **variables}, capture_output=True, text=True, check=False, timeout=300

@@ -1,16 +1,11 @@
 """`lora-gpt2` as a user calls it."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-
-def lora_gpt2(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lora_gpt2.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+from tests.conftest import cli
 
 
 @pytest.fixture
@@ -24,7 +19,7 @@ def texts(tmp_path) -> list[object]:
 
 
 def test_scores_as_json_are_json_alone(texts):
-    done = lora_gpt2("score", *texts, "--json")
+    done = cli("score", *texts, "--json")
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout)
     assert {"bleu", "nist", "meteor", "rouge_l", "cider"} <= scores.keys()
@@ -32,13 +27,13 @@ def test_scores_as_json_are_json_alone(texts):
 
 
 def test_scores_as_a_table_say_how_they_were_taken(texts):
-    done = lora_gpt2("score", *texts)
+    done = cli("score", *texts)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("bleu", "nist", "meteor", "rouge_l", "cider", "13a"))
 
 
 def test_webnlg_has_scores_of_its_own(texts):
-    done = lora_gpt2("score", *texts, "--task", "webnlg", "--json")
+    done = cli("score", *texts, "--task", "webnlg", "--json")
     assert done.returncode == 0, done.stderr
     assert {"bleu", "meteor", "ter", "chrf"} <= {name.rstrip("+") for name in json.loads(done.stdout)}
 
@@ -46,7 +41,7 @@ def test_webnlg_has_scores_of_its_own(texts):
 def test_encode_says_what_it_wrote(tmp_path):
     (tmp_path / "train.txt").write_text("name : Aromi||Aromi is a café .\n")
     output = tmp_path / "out"
-    done = lora_gpt2("encode", "e2e", "--input", tmp_path, "--output", output, "--tokenizer", "corpus:280")
+    done = cli("encode", "e2e", "--input", tmp_path, "--output", output, "--tokenizer", "corpus:280")
     assert done.returncode == 0, done.stderr
     assert "train: 1 rows, 1 different contexts" in done.stdout
     assert {path.name for path in output.iterdir()} == {
@@ -81,7 +76,7 @@ def test_encode_says_what_it_wrote(tmp_path):
     ],
 )
 def test_a_users_mistake_is_one_message(arguments, code, message):
-    done = lora_gpt2(*arguments)
+    done = cli(*arguments)
     assert done.returncode == code
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -89,12 +84,12 @@ def test_a_users_mistake_is_one_message(arguments, code, message):
 
 @pytest.mark.slow
 def test_the_demonstration_improves_every_score(tmp_path):
-    done = lora_gpt2("demo", "--output", tmp_path)
+    done = cli("demo", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     before, after = (
         json.loads(Path(tmp_path, name, "scores.json").read_text()) for name in ("before", "after")
     )
     assert after["bleu"] > before["bleu"] + 0.2
     assert all(after[name] > before[name] for name in ("nist", "rouge_l", "cider"))
-    again = lora_gpt2("demo", "--output", tmp_path)
+    again = cli("demo", "--output", tmp_path)
     assert "is there already" in again.stdout

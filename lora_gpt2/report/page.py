@@ -78,7 +78,7 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
         jobs={name: job.told() for name, job in listed.items()},
         differences=_differences([job.settings for job in listed.values()]),
         entries=entries,
-        metrics=list(dict.fromkeys(name for entry in entries for name in entry.values)),
+        metrics=_metrics(entries),
         compared=compared,
         resamples=significance.RESAMPLES,
         papers=_papers(entries),
@@ -90,6 +90,20 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
     )
     write_text(output, text)
     return running
+
+
+def figures(folder: Path) -> dict[str, list[Any]]:
+    """What is finished, the best first, column by column: its name, rank and alpha, and its scores."""
+    entries = _entries(folder)
+    chosen = {
+        name: [entry.job.settings.get(name) for entry in entries] for name in ("lora.rank", "lora.alpha")
+    }
+    scores = {name: [entry.values.get(name) for entry in entries] for name in _metrics(entries)}
+    return {"run": [entry.name for entry in entries], **chosen, **scores}
+
+
+def _metrics(entries: Sequence[Entry]) -> list[str]:
+    return list(dict.fromkeys(name for entry in entries for name in entry.values))
 
 
 def _template() -> jinja2.Template:

@@ -1,7 +1,7 @@
 """Weights & Biases: one run for each training, grouped by sweep; on disk where W&B cannot be had."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,7 @@ class WandbRun(WandbLogger):
         try:
             run = self.experiment
         except Exception as error:  # W&B raises its own, and those of the libraries below it
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            screen.note(f"W&B is out of reach ({reason}): logged offline, wandb sync uploads it later")
-            wandb.teardown()
+            _give_up(error)
             self._offline = True
             self._wandb_init["mode"] = "offline"
             run = self.experiment
@@ -91,6 +89,34 @@ class WandbRun(WandbLogger):
             artifact.add_file(str(adapter))
             self.experiment.log_artifact(artifact)
         wandb.finish(exit_code=int(failed))
+
+
+def send_report(page: Path, folders: Iterable[Path], table: Mapping[str, Sequence[Any]]) -> None:
+    """One more run in the group of the runs in `folders`: a report's `page`, and its figures by column.
+
+    Offline where the service does not answer. Raises UserError where none of them was logged.
+    """
+    notes = (read_json(folder / _NOTE, "remove it") for folder in folders if (folder / _NOTE).is_file())
+    if (known := next(notes, None)) is None:
+        raise UserError("--wandb", "none of these runs was logged there", "train them with logger=wandb")
+    options: dict[str, Any] = {"project": known["project"], "group": known["group"], "name": "report"}
+    options |= {"job_type": "report", "dir": str(page.parent)}
+    settings = wandb.Settings(init_timeout=_PATIENCE, silent=True)
+    try:
+        run = wandb.init(**options, settings=settings)
+    except Exception as error:
+        _give_up(error)
+        run = wandb.init(**options, settings=settings, mode="offline")
+    rows = [list(row) for row in zip(*table.values(), strict=True)]
+    points = wandb.Table(columns=list(table), data=rows)
+    run.log({"report": wandb.Html(page.read_text(encoding="utf-8")), "points": points})
+    run.finish()
+
+
+def _give_up(error: Exception) -> None:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    screen.note(f"W&B is out of reach ({reason}): logged offline, wandb sync uploads it later")
+    wandb.teardown()
 
 
 def _known_id(place: Path) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from wandb.proto import wandb_internal_pb2
 
-from tests.conftest import script
+from tests.conftest import cli, script
 
 
 def records(folder: Path) -> list[Any]:
@@ -72,6 +72,29 @@ def test_a_sweep_is_a_group_of_runs_with_config_scalars_and_tables(tmp_path, tin
         assert any("adapter" in str(record) for record in artifacts)
         ids.add(about.run_id)
     assert len(ids) == 2
+    send_the_report(sweep)
+
+
+def send_the_report(sweep: Path) -> None:
+    """One run more in the group, with the page, heat map and all, and a table of ranks and alphas."""
+    assert cli("report", sweep, "--wandb", WANDB_MODE="offline").returncode == 0
+    found = records(sweep)
+    (about,) = (record.run for record in found if record.WhichOneof("record_type") == "run")
+    assert (about.run_group, about.display_name, about.job_type) == ("ranks", "report", "report")
+    (logged,) = [items(r.history.item) for r in found if r.WhichOneof("record_type") == "history"]
+    assert logged["report/_type"] == "html-file"
+    (html,) = sweep.glob("wandb/offline-run-*/files/media/html/*.html")
+    assert "valid_loss by rank and alpha" in html.read_text(encoding="utf-8")
+    (table,) = sweep.glob("wandb/offline-run-*/files/media/table/*.json")
+    held = json.loads(table.read_text())
+    assert held["columns"][:4] == ["run", "lora.rank", "lora.alpha", "valid_loss"]
+    assert {tuple(row[:2]) for row in held["data"]} == {("rank 1", 1), ("rank 2", 2)}
+
+
+def test_a_report_of_runs_that_were_not_logged_is_not_sent(swept):
+    done = cli("report", swept, "--wandb", WANDB_MODE="offline")
+    assert done.returncode == 1
+    assert "none of these runs was logged there" in done.stderr
 
 
 def test_a_bogus_key_and_no_network_do_not_stop_a_training(tmp_path, tiny):
