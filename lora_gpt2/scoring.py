@@ -86,6 +86,11 @@ class ValidationScores(Callback):
         self.contexts = contexts
         self._asked: tuple[Queries, Asked] | None = None
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, LanguageModeling) and pl_module.model.sharded:
+            do = "use trainer=ddp, or score=valid behind the training"
+            raise UserError("callbacks.scores", "cannot decode with a sharded base", do)
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = cast(Any, trainer).datamodule
         modules: dict[str, LanguageModeling] = {}

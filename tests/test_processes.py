@@ -9,6 +9,7 @@ import time
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from lora_gpt2.jobs import Job, State
@@ -84,6 +85,34 @@ def test_ranks_that_were_told_different_things_stop(tmp_path, tiny):
         _, error = process.communicate(timeout=120)
         assert process.returncode == 1
         assert "the processes of this run were given different settings" in error
+
+
+def test_a_sharded_base_trains_to_the_numbers_of_ddp(tmp_path, tiny):
+    common = [*tiny, *TWO[1:], "lora=qv", "trainer.max_epochs=1"]
+    for strategy in ("ddp", "fsdp"):
+        folder = tmp_path / strategy
+        done = script("train", *common, f"trainer={strategy}", f"hydra.run.dir={folder}")
+        assert done.returncode == 0, done.stderr
+    whole, sharded = (load_file(tmp_path / name / "adapter.safetensors") for name in ("ddp", "fsdp"))
+    assert all(torch.equal(sharded[name], weight) for name, weight in whole.items())
+    assert any(weight.any() for name, weight in whole.items() if name.endswith("lora_B"))
+    resumed = script("train", *common, "trainer=fsdp", "trainer.max_epochs=2",
+                     f"resume={tmp_path / 'fsdp'}", f"hydra.run.dir={tmp_path / 'resumed'}")  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["lora=none"], "trainer.strategy: shards the frozen base of one adapter"),
+        (["lora=qv", "callbacks=scores"], "callbacks.scores: cannot decode with a sharded base"),
+        (["lora=qv", "data.eval_batch_size=1"], "a batch of the validation split has no row for some device"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(tmp_path, tiny, more, message):
+    done = script("train", *tiny, *TWO[1:], "trainer=fsdp", *more, f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1
+    assert message in done.stderr
 
 
 @pytest.mark.slow

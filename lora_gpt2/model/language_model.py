@@ -89,12 +89,12 @@ class GPT2LMModel(nn.Module):
 
     Fresh weights follow GPT-2: normal with `initializer_range`, over sqrt(2 n_layer) where a projection
     feeds the residual stream; biases 0, LayerNorms 1 and 0. The base is drawn before the update, so one seed
-    gives one base whatever the rank.
+    gives one base whatever the rank. `sharded` tells that blocks are whole only while they run.
     """
 
     def __init__(self, config: GPT2Config) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.sharded = config, False
         with torch.random.fork_rng(devices=[]):  # constructors draw values that init_weights replaces
             self.transformer = GPT2Model(config)
         self.lm_head = GPT2LMHead(self.transformer.wte.weight, config)
@@ -136,6 +136,8 @@ class GPT2LMModel(nn.Module):
 
     def prepack(self) -> None:
         """Lays frozen matrices out for training here, until `unpack`: see `MergedLinear.prepack`."""
+        if self.sharded:
+            return
         for module in self.modules():
             if isinstance(module, MergedLinear):
                 module.prepack()

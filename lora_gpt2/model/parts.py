@@ -61,10 +61,11 @@ def loss_in_parts(model: GPT2LMModel, rows: Rows, label_smooth: float = 0.0) -> 
 def parts_of(model: GPT2LMModel, tokens: int) -> int:
     """In how many parts so many tokens are trained: several only for an adapter, on a CPU.
 
-    An adapter's gradients are small enough to be added up.
+    An adapter's gradients are small enough to be added up. A sharded base has one part, as all devices
+    must run in step.
     """
     table = model.transformer.wte.weight
-    if table.requires_grad or not table.is_cpu:
+    if table.requires_grad or not table.is_cpu or model.sharded:
         return 1
     return max(1, -(-tokens * table.size(1) * table.element_size() // _HIDDEN_BYTES))
 

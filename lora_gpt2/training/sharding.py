@@ -1,0 +1,59 @@
+"""A frozen base in parts, one on each device; what trains is on all of them."""
+
+from typing import Any, cast
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.nn.parallel import DistributedDataParallel
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.model.language_model import GPT2LMModel
+from lora_gpt2.training.module import LanguageModeling
+
+
+class ShardedBase(DDPStrategy):
+    """DDP for an adapter, over blocks that FSDP2 keeps in parts: one is whole only while it runs.
+
+    Each device holds its part of the frozen blocks, the tables and the adapter. The numbers are DDP's.
+    """
+
+    def configure_ddp(self) -> None:
+        """Raises UserError for what has no frozen base, or cannot run in step on all devices."""
+        module = self.lightning_module
+        if not isinstance(module, LanguageModeling) or not module.model.lora_layers():
+            what = "shards the frozen base of one adapter, and this run has none or several"
+            raise UserError("trainer.strategy", what, "use trainer=ddp")
+        self._check_validation()
+        shard(module.model, self.root_device.type, self.world_size)
+        frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
+            module, frozen
+        )
+        super().configure_ddp()
+
+    def _check_validation(self) -> None:
+        """Devices fetch the blocks together: one without a batch would leave the others waiting."""
+        loader = cast(Any, self.lightning_module).trainer.datamodule.val_dataloader()
+        of_all: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(of_all, len(loader))
+        if len(set(of_all)) > 1:
+            what = "a batch of the validation split has no row for some device"
+            raise UserError("data.eval_batch_size", what, "set it higher, or trainer.devices lower")
+
+
+def shard(model: GPT2LMModel, device: str, devices: int) -> None:
+    """Splits the frozen weights of each block over all processes, `devices` of a type."""
+    mesh, body = init_device_mesh(device, (devices,)), model.transformer
+    for block in body.h:
+        fully_shard(block, mesh=mesh, ignored_params=_trained(block))
+    tables: set[nn.Parameter] = {one for name, one in body.named_parameters() if not name.startswith("h.")}
+    fully_shard(body, mesh=mesh, ignored_params=tables | _trained(body))
+    register_fsdp_forward_method(body, "hidden_states")  # no-one calls forward
+    model.sharded = True
+
+
+def _trained(module: nn.Module) -> set[nn.Parameter]:
+    return {one for one in module.parameters() if one.requires_grad}
