@@ -11,7 +11,6 @@ import pytest
 from lora_gpt2.report import page as report
 
 pytestmark = pytest.mark.browser
-api = pytest.importorskip("playwright.sync_api", reason="make test-browser installs it")
 
 WIDTHS = {"wide": (1280, 900), "narrow": (390, 844)}
 
@@ -19,7 +18,9 @@ WIDTHS = {"wide": (1280, 900), "narrow": (390, 844)}
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium: the one of the system where there is one, else Playwright's own."""
-    with api.sync_playwright() as playwright:
+    from playwright.sync_api import sync_playwright  # make test-browser installs it
+
+    with sync_playwright() as playwright:
         there = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
         browser = playwright.chromium.launch(executable_path=there, args=["--no-sandbox"])
         yield browser
@@ -101,4 +102,7 @@ def test_the_report_of_a_sweep_and_of_a_run(tab, tmp_path, swept, shown):
     titles = [one.inner_text() for one in tab.query_selector_all("h2")]
     assert {"Scores", "Pictures", "Best predictions", "To repeat it"} <= set(titles)
     for picture in tab.query_selector_all("figure svg"):
-        assert picture.bounding_box()["height"] > 80
+        box = picture.bounding_box()
+        width, height = map(float, picture.get_attribute("viewBox").split()[2:])
+        assert box["height"] / box["width"] == pytest.approx(height / width, rel=0.01), "squashed"
+        assert box["width"] > min(width, tab.viewport_size["width"]) / 2
