@@ -7,6 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lora_gpt2 import settings
+from lora_gpt2.files import locked
 
 settings.register()
 
@@ -17,8 +18,9 @@ def main(cfg: DictConfig) -> None:
     resolved = settings.resolve(cfg, settings.GenerateSettings)
     from lora_gpt2 import experiment  # here, so that a wrong setting is reported before torch is loaded
 
-    with settings.user_errors():
-        experiment.generate(resolved, Path(HydraConfig.get().runtime.output_dir))
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with settings.user_errors(), locked(folder):
+        experiment.generate(resolved, folder)
 
 
 if __name__ == "__main__":

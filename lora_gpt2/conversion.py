@@ -85,17 +85,28 @@ def _tokenizer(source: str, about: Description, given: str | None = None) -> Tok
     return tokenizer
 
 
+_ROUNDING = 1e-3
+"""Of the largest logit: more than merged and unmerged float32 differ by."""
+
+
 @torch.inference_mode()
 def _merge_difference(model: GPT2LMModel, dtype: torch.dtype) -> float:
-    """Over random tokens, both models computed in `dtype`."""
+    """Over random tokens, both models computed in `dtype`.
+
+    Raises UserError where in float32 it is more than rounding.
+    """
     generator = torch.Generator().manual_seed(0)
     shape = 4, min(64, model.config.n_ctx)
     ids = torch.randint(model.config.vocab_size, shape, generator=generator)
     unmerged = copy.deepcopy(model).to(dtype)
     merged = copy.deepcopy(model)
     merged.merge()
-    difference: Tensor = unmerged(ids)[0].float() - merged.to(dtype)(ids)[0].float()
-    return float(difference.abs().max())
+    expected = unmerged(ids)[0].float()
+    difference = float((expected - merged.to(dtype)(ids)[0].float()).abs().max())
+    if dtype is torch.float32 and not difference <= _ROUNDING * float(expected.abs().max()):
+        what = f"merged and unmerged logits differ by {difference:.3g}, nothing was written"
+        raise UserError("merge", what, "look for weights that are not finite, or are very large")
+    return difference
 
 
 def export(form: str, source: str, base: str | None, output: Path, everything: bool) -> str:

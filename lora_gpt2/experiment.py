@@ -30,6 +30,7 @@ from lora_gpt2.reporting import screen
 from lora_gpt2.scoring import Asked, longest_context
 from lora_gpt2.settings import GenerateSettings, TrainSettings
 from lora_gpt2.training.callbacks import Progress, RanksAgree
+from lora_gpt2.training.checkpoints import WholeCheckpoints
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
 from lora_gpt2.weights.pretrained import build_base
@@ -54,12 +55,10 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
                 screen.model(settings.model.name, GPT2LMModel(config))
         return None
     data.load(settings.model.n_positions)
+    if settings.score:
+        _check_scoring(settings, data)
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
-    modules: dict[str, LanguageModeling] = {}
-    for (name, member), config in zip(members.items(), configs, strict=True):
-        one = modules[name] = _module(member, config, data.tokenizer.sha256)
-        one.model.share_base(next(iter(modules.values())).model)  # at once: two bases are most in memory
-        screen.model(settings.model.name, one.model)
+    modules = _modules(members, configs, data.tokenizer.sha256)
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
     module = AdaptersTogether(modules) if len(modules) > 1 else modules[""]
@@ -83,9 +82,17 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
         for name, member in members.items() if settings.score else ():
             scores = generate(_scoring(member, str(folder / name)), folder / name)
             if logger is not None and scores is not None:
-                prefix = "/".join(filter(None, [settings.score, name]))
+                prefix = "/".join(filter(None, ["final", settings.score, name]))
                 logger.log_metrics({f"{prefix}/{key}": value for key, value in figures(scores).items()})
+                logger.save()
     return min((loss for loss in losses if loss is not None), default=None)
+
+
+def _check_scoring(settings: TrainSettings, data: DataToText) -> None:
+    """Raises UserError, before hours of training, for what could not be decoded behind it."""
+    positions = settings.model.n_positions
+    longest_context(settings.data, positions, settings.decoding, "decoding")
+    next(data.rows(str(settings.score), positions), None)
 
 
 def _scoring(settings: TrainSettings, run: str) -> GenerateSettings:
@@ -101,6 +108,18 @@ def _scoring(settings: TrainSettings, run: str) -> GenerateSettings:
         limit=settings.limit,
         seed=settings.seed,
     )
+
+
+def _modules(
+    members: Mapping[str, TrainSettings], configs: Sequence[GPT2Config], tokenizer: str
+) -> dict[str, LanguageModeling]:
+    """A model for each member; several share the first one's base."""
+    modules: dict[str, LanguageModeling] = {}
+    for (name, member), config in zip(members.items(), configs, strict=True):
+        one = modules[name] = _module(member, config, tokenizer)
+        one.model.share_base(next(iter(modules.values())).model)  # at once: two bases are most in memory
+        screen.model(member.model.name, one.model)
+    return modules
 
 
 def _module(settings: TrainSettings, config: GPT2Config, tokenizer: str) -> LanguageModeling:
@@ -181,7 +200,9 @@ def _callbacks(nodes: dict[str, Any], folder: Path) -> list[Callback]:
 def _trainer(
     arguments: dict[str, Any], callbacks: list[Callback], logger: Logger | None, folder: Path
 ) -> Trainer:
-    return instantiate(arguments, default_root_dir=str(folder), callbacks=callbacks, logger=logger or False)
+    plugins = [*(arguments.get("plugins") or []), WholeCheckpoints()]
+    rest = {"default_root_dir": str(folder), "callbacks": callbacks, "logger": logger or False}
+    return instantiate({**arguments, "plugins": None}, plugins=plugins, **rest)
 
 
 @contextmanager

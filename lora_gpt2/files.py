@@ -1,12 +1,15 @@
 """Files appear whole or not at all: written beside their place, synced to disk, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from lora_gpt2.errors import UserError
 
@@ -16,7 +19,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is synced and renamed to `path`.
 
     On any exception the temporary file is removed and `path` is left as it was.
-    Raises UserError where no such file can be: a folder is there, or its folder would be a file.
+    Raises UserError where no such file can be: a folder is there, its folder would be a file, or the disk is
+    full or may not be written.
     """
     path = Path(path)
     if path.is_dir():
@@ -25,14 +29,67 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(path.parent, "is a file, a folder was expected", "give another name") from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _UNWRITABLE:
+            raise
+        raise _unwritable(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def first_process() -> bool:
+    """Whether this is the first of a run's processes: torchrun, Lightning and SLURM say it so."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+_UNWRITABLE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.EFBIG: "raise the limit on a file's size",
+    errno.EROFS: "give another folder",
+    errno.EACCES: "give another folder",
+    errno.EPERM: "give another folder",
+    errno.EIO: "look at the disk",
+}
+"""Faults of a disk, not of the program, and what to do."""
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    kept = "; what was there is kept" if path.exists() else ""
+    what = f"cannot be written ({error.strerror}){kept}"
+    return UserError(path, what, _UNWRITABLE.get(error.errno or 0, "give another folder"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps a folder to this run until it ends in whatever way; of several processes the first one keeps it.
+
+    Raises UserError where another run has it.
+    """
+    if not first_process():
+        yield
+        return
+    lock = FileLock(folder / ".lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(folder, "another run writes there", "wait for it, or give another folder") from None
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
@@ -26,12 +28,21 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_gpt2 import settings as gate
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import read_json, write_json
+from lora_gpt2.files import first_process, locked, read_json, write_json
 from lora_gpt2.settings import TrainSettings
 
 STATUS_FILE = "status.json"
 _SWEEP_FILE = "multirun.yaml"
 """What Hydra leaves in a sweep's folder."""
+
+SEARCH_FILE = "search.journal"
+"""What Optuna notes in a search's folder."""
+
+_BEAT = 60.0
+"""A running job touches its file every so many seconds."""
+
+_STALE = 10 * _BEAT
+"""A job that has not for so long is cut off, whatever runs under the number of its process."""
 
 
 class State(str, Enum):
@@ -56,6 +67,8 @@ class Job:
     error: str | None = None
     process: int = 0
     host: str = ""
+    seen: float = 0.0
+    """When its file was touched last, in seconds since the epoch; not written there."""
 
     @property
     def key(self) -> str:
@@ -65,7 +78,7 @@ class Job:
     @property
     def alive(self) -> bool:
         """Whether its process runs, or may run on another machine."""
-        if self.state is not State.running:
+        if self.state is not State.running or time.time() - self.seen > _STALE:
             return False
         if self.host != socket.gethostname():
             return True
@@ -85,7 +98,9 @@ class Job:
         return ["cut off" if cut_off else self.state.value, loss, minutes, self.error or ""]
 
     def write(self, folder: Path) -> None:
-        write_json(folder / STATUS_FILE, {"key": self.key, **asdict(self)})
+        held = {"key": self.key, **asdict(self)}
+        del held["seen"]
+        write_json(folder / STATUS_FILE, held)
 
     @classmethod
     def read(cls, folder: Path) -> "Job | None":
@@ -96,7 +111,7 @@ class Job:
         held = read_json(path, "remove it: the job runs again")
         try:
             held.pop("key")
-            return cls(**{**held, "state": State(held["state"])})
+            return cls(**{**held, "state": State(held["state"])}, seen=path.stat().st_mtime)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(path, "does not tell of a job", "remove it: the job runs again") from None
 
@@ -117,9 +132,13 @@ def launch(cfg: DictConfig) -> float | None:
             raise UserError("torchrun", "would run the whole sweep in each of its processes", do)
         if in_sweep:
             _name_for_dashboards(here)
-        apart = in_sweep and _starts_processes(resolved.trainer)
-        work = partial(_train_apart, here) if apart else _train
-        return run(resolved, Path(here.runtime.output_dir), work, once=in_sweep)
+        folder = Path(here.runtime.output_dir)
+        if resolved.dry_run:
+            return _train(resolved, folder)
+        if in_sweep and _starts_processes(resolved.trainer):
+            return run(resolved, folder, partial(_train_apart, here), once=True)
+        with locked(folder):
+            return run(resolved, folder, _train, once=in_sweep)
 
 
 def _train(settings: TrainSettings, folder: Path) -> float | None:
@@ -151,27 +170,63 @@ def _starts_processes(trainer: dict[str, Any]) -> bool:
 
 def _train_apart(here: HydraConf, settings: TrainSettings, folder: Path) -> float | None:
     """Trains as a run of its own, whose ranks know nothing of the sweep. Raises UserError where it fails."""
-    resume = [] if settings.resume is None else [f"resume={_quoted(settings.resume)}"]
+    resume = [] if settings.resume is None else [f"resume={quoted(settings.resume)}"]
     overrides = [*here.overrides.task, *resume, "hydra.output_subdir=null"]
-    process = subprocess.Popen(command(overrides, folder), cwd=here.runtime.cwd)
+    clean = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    process = subprocess.Popen(command(overrides, folder), cwd=here.runtime.cwd, env=clean)
     try:
-        code = process.wait()
+        with _handed_on(process):
+            code = process.wait()
     finally:
         process.terminate()
         process.wait()
+    if code > 128:
+        raise SystemExit(code)  # by a signal: the sweep is to stop
     ended = Job.read(folder)
     if code or ended is None:
-        raise UserError(folder, f"its processes ended with exit code {code}", "see what they said above")
+        why = f": {ended.error}" if ended is not None and ended.error else ""
+        what = f"its processes ended with exit code {code}{why}"
+        raise UserError(folder, what, "see what they said above")
     return ended.valid_loss
+
+
+_OF_RANKS = (
+    "LOCAL_RANK",
+    "GLOBAL_RANK",
+    "NODE_RANK",
+    "GROUP_RANK",
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Lightning leaves these behind a job of several devices; in the next they would mean that it has them."""
+
+
+@contextmanager
+def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Gives `process` the signals that ask this one to stop; a terminal's go to both by themselves."""
+    names = "SIGTERM", "SIGUSR1", "SIGUSR2"
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    with suppress(ValueError):  # not in the main thread: the signals are another's
+        before = {
+            number: signal.signal(number, lambda told, _: process.send_signal(told)) for number in numbers
+        }
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def command(overrides: Iterable[str], folder: Path) -> list[str]:
     """What trains with `overrides` in `folder` as a run of its own."""
-    own = [f"hydra.run.dir={_quoted(folder)}", "hydra.mode=RUN"]
+    own = [f"hydra.run.dir={quoted(folder)}", "hydra.mode=RUN"]
     return [sys.executable, "-m", __spec__.name, *overrides, *own]
 
 
-def _quoted(value: object) -> str:
+def quoted(value: object) -> str:
     """As Hydra's command line takes any text."""
     return "'" + str(value).replace("'", "\\'") + "'"
 
@@ -184,44 +239,49 @@ def run(
     `once`: a finished job is not done again, and one that was cut off goes on from its last checkpoint.
     Raises UserError where the folder belongs to another job or the same one is running.
     """
-    if settings.dry_run:
-        return work(settings, folder)
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     job = Job(settings.decisive(), State.running, started, process=os.getpid(), host=socket.gethostname())
-    if once and (earlier := _finished(job, folder)) is not None:
+    earlier = _earlier(job, folder) if once else None
+    if earlier is not None and earlier.state is State.finished:
         print(f"{folder} is finished already: nothing to do")
         return earlier.valid_loss
-    if once and settings.resume is None and (folder / "checkpoints" / "last.ckpt").is_file():
+    begun = earlier is not None and (folder / "checkpoints" / "last.ckpt").is_file()
+    if begun and settings.resume is None:
         settings = replace(settings, resume=str(folder))
     with _noted(job, folder):
         job.valid_loss = work(settings, folder)
-    for name, member in settings.members().items():
-        if name and _first():
-            replace(job, settings=member.decisive()).write(folder / name)
+        for name, member in settings.members().items():
+            if name and first_process():
+                replace(job, settings=member.decisive(), state=State.finished).write(folder / name)
     return job.valid_loss
 
 
-def _finished(job: Job, folder: Path) -> Job | None:
-    """The same job, finished in `folder` before. Raises UserError where it may not be begun there."""
+def _earlier(job: Job, folder: Path) -> Job | None:
+    """The same job as it was left in `folder`. Raises UserError where it may not be begun there."""
     earlier = Job.read(folder)
-    if earlier is not None and earlier.key == job.key and earlier.state is State.finished:
-        return earlier
-    if earlier is None or not _first():
+    if earlier is None:
         return None
     if earlier.key != job.key:
         raise UserError(folder, "holds a job of other settings", "give another hydra.sweep.dir")
-    if earlier.alive and earlier.process != os.getpid():
+    if earlier.alive and earlier.process != os.getpid() and first_process():
         what = f"is running already (process {earlier.process} on {earlier.host})"
         raise UserError(folder, what, f"wait for it, or remove its {STATUS_FILE}")
-    return None
+    return earlier
 
 
 @contextmanager
 def _noted(job: Job, folder: Path) -> Iterator[None]:
     """Keeps the job's state in `folder`, from its beginning to its end."""
-    start = time.monotonic()
-    if _first():
+    start, ended = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_BEAT):
+            with suppress(OSError):
+                os.utime(folder / STATUS_FILE)
+
+    if first_process():
         job.write(folder)
+        threading.Thread(target=beat, daemon=True).start()
     try:
         yield
         job.state = State.finished
@@ -232,8 +292,9 @@ def _noted(job: Job, folder: Path) -> Iterator[None]:
             raise
         print(f"given up: {error}")
     finally:
+        ended.set()
         job.seconds = round(time.monotonic() - start, 1)
-        if _first():
+        if first_process():
             job.write(folder)
 
 
@@ -294,11 +355,6 @@ def _overrides(place: Path) -> list[str]:
     """What Hydra noted of one job."""
     path = place / ".hydra" / "overrides.yaml"
     return list(map(str, OmegaConf.load(path))) if path.is_file() else []
-
-
-def _first() -> bool:
-    """Whether this is the first of several processes: torchrun, Lightning and SLURM say it so."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 if __name__ == "__main__":

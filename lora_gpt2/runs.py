@@ -30,7 +30,15 @@ from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
 from lora_gpt2.weights.adapter import describe_adapter, open_adapter
 from lora_gpt2.weights.pretrained import build_base, check_tokenizer, describe_base
-from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE, Description, find, save_adapter, save_model
+from lora_gpt2.weights.store import (
+    ADAPTER_FILE,
+    MODEL_FILE,
+    Description,
+    find,
+    read_pickle,
+    save_adapter,
+    save_model,
+)
 
 PROVENANCE_FILE = "provenance.json"
 """What a run needs to be done again, beside its settings."""
@@ -157,11 +165,7 @@ def checkpoint_file(resume: str | None) -> str | None:
     path = find(resume, str(Path("checkpoints") / "last.ckpt"))
     if not path.is_file():
         raise UserError(path, "there is no such file", "give the folder of a run or one of its .ckpt files")
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises several kinds for a damaged file
-        what = f"is not a whole checkpoint ({str(error).split('.')[0]})"
-        raise UserError(path, what, "resume from another checkpoint of the run, or train again") from None
+    held = read_pickle(path)
     if "state_dict" not in held or "optimizer_states" not in held:
         raise UserError(path, "holds no state of a run", "give the run's folder or one of its .ckpt files")
     return str(path)

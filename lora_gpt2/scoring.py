@@ -83,12 +83,14 @@ class ValidationScores(Callback):
         Raises UserError for settings that are none.
         """
         self.decoding = decoding_settings(decoding or {}, "callbacks.scores.decoding")
+        if contexts < 1:
+            raise UserError("callbacks.scores.contexts", f"{contexts} are too few", "decode at least one")
         self.contexts = contexts
         self._asked: tuple[Queries, Asked] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, LanguageModeling) and pl_module.model.sharded:
-            do = "use trainer=ddp, or score=valid behind the training"
+            do = "use trainer=ddp, or decode with generate.py behind the training"
             raise UserError("callbacks.scores", "cannot decode with a sharded base", do)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

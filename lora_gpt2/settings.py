@@ -6,6 +6,7 @@ Torch-free: a wrong key, type or value stops the run in a second. Owns no defaul
 import difflib
 import inspect
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -37,10 +38,15 @@ WITHOUT_EFFECT = (
     "callbacks.pruning.",
     "data.cache",
     "point.",
-    "resume",
     "dry_run",
 )
 """How the names of settings begin that do not decide what training gives."""
+
+TARGETS = "LORA_GPT2_TARGETS"
+"""The environment variable that names further modules, with commas, whose classes settings may have built.
+
+Settings may come from anywhere, and a `_target_` is code that runs.
+"""
 
 FULL_PRECISION = (None, "32-true", "32", 32)
 """What `trainer.precision` says where Lightning converts nothing."""
@@ -100,9 +106,7 @@ class TrainSettings:
         if self.precision is not Precision.float32 and not self.lora.rank:
             what = "precision is of the frozen base under LoRA, lora.rank is 0"
             raise ValueError(f"{what}: set lora.rank, or trainer.precision=bf16-mixed")
-        if self.precision is not Precision.float32 and self.trainer.get("precision") not in FULL_PRECISION:
-            what = f"trainer.precision {self.trainer['precision']} does not go with precision"
-            raise ValueError(f"{what} {self.precision.value}: leave one of them out")
+        self._check_precisions()
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), not {self.label_smoothing}")
         if self.precision is not Precision.float32 and self.lora.bias is not LoraBias.none:
@@ -118,6 +122,15 @@ class TrainSettings:
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
             raise ValueError("optimizer.lora_plus_ratio is of LoRA's B: set lora.rank, or leave it out")
+
+    def _check_precisions(self) -> None:
+        kinds: dict[str, Precision] = {"precision": self.precision}
+        if self.score:
+            kinds["decoding.precision"] = self.decoding.precision
+        for key, kind in kinds.items():
+            if kind is not Precision.float32 and self.trainer.get("precision") not in FULL_PRECISION:
+                what = f"trainer.precision {self.trainer['precision']} does not go with {key} {kind.value}"
+                raise ValueError(f"{what}: leave one of them out")
 
     def decisive(self) -> dict[str, Any]:
         """Every setting that decides what training gives, by its dotted name."""
@@ -149,6 +162,9 @@ class TrainSettings:
             raise ValueError("two of several adapters at once are the same: leave one out")
         return members if several else {"": next(iter(members.values()))}
 
+    def _kept_by(self) -> str:
+        return str(self.callbacks.get("checkpoint", {}).get("monitor", "valid/loss"))
+
     def _refuse_several(self, seeds: bool) -> None:
         """Raises ValueError for what several adapters, perhaps of several `seeds`, cannot have."""
         wrong: dict[str, bool] = {
@@ -158,6 +174,7 @@ class TrainSettings:
             "model.dropout must be 0 with": self.model.dropout > 0,
             "gradient_checkpointing cannot be had with": self.gradient_checkpointing,
             "data.pack cannot be had with": self.data.pack,
+            "callbacks.checkpoint.monitor must be valid/loss with": self._kept_by() != "valid/loss",
             "optimizer.schedule=plateau cannot be had with": self.optimizer.schedule is Schedule.plateau,
             "base must be given, as its random weights depend on the seed, for": seeds and self.base is None,
         }
@@ -315,10 +332,17 @@ def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:
     for group in ("trainer", "callbacks", "logger"):
         nodes = OmegaConf.to_container(cfg.get(group, OmegaConf.create()), resolve=True)
         for path, node in _targets(nodes, group):
+            if not str(target := node["_target_"]).startswith(_trusted()):
+                yield f"{path}._target_: {target} is not trusted; if you wrote it, set {TARGETS}={target}"
+                continue
             try:
-                parameters = inspect.signature(get_object(node["_target_"])).parameters
-            except ImportError as error:
+                built = get_object(target)
+                parameters = inspect.signature(built).parameters
+            except (ImportError, TypeError, ValueError) as error:
                 yield f"{path}._target_: {str(error).splitlines()[0]}"
+                continue
+            if not inspect.isclass(built):
+                yield f"{path}._target_: {target} is no class"
                 continue
             if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
                 continue
@@ -333,6 +357,17 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield path, node
         for key, value in node.items():
             yield from _targets(value, f"{path}.{key}")
+    if isinstance(node, list):
+        for number, value in enumerate(node):
+            yield from _targets(value, f"{path}[{number}]")
+
+
+def _trusted() -> tuple[str, ...]:
+    """How the names begin of what settings may have built."""
+    own = (name.strip() for name in os.environ.get(TARGETS, "").split(","))
+    kinds = "callbacks", "loggers", "strategies", "plugins", "profilers", "accelerators"
+    theirs = (f"lightning.pytorch.{kind}." for kind in kinds)
+    return "lora_gpt2.", "lightning.Trainer", *theirs, *filter(None, own)
 
 
 def _nearest(key: str, known: list[str], path: str) -> str:

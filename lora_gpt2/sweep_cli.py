@@ -39,7 +39,7 @@ def resume(folder: SweepFolder) -> None:
     from lora_gpt2 import jobs
 
     noted = jobs.sweep_of(folder).hydra
-    place = f"hydra.sweep.dir={folder.resolve()}"
+    place = f"hydra.sweep.dir={jobs.quoted(folder.resolve())}"
     sys.argv = ["train.py", *noted.overrides.hydra, *noted.overrides.task, place]
     os.chdir(noted.runtime.cwd)  # paths in the settings are meant from there
     jobs.main()
@@ -60,7 +60,9 @@ def search(
     """Search for the best settings with Optuna; trials that fall behind are given up."""
     try:
         from lora_gpt2.search import search as run
-    except ImportError:
+    except ImportError as error:
+        if error.name != "optuna":
+            raise
         raise UserError("search", "needs Optuna", 'pip install "lora-gpt2[search]"') from None
     study = run(folder, overrides, trials, by, seed)
     done = [trial for trial in study.get_trials(deepcopy=False) if trial.values]

@@ -73,8 +73,9 @@ def _ran(arguments: list[str], variables: dict[str, str]) -> subprocess.Complete
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path_factory, monkeypatch):
-    """Encoded corpora of tests are kept for the session, away from the user's."""
+    """Encoded corpora of tests are kept for the session, away from the user's. Our callbacks may be built."""
     monkeypatch.setenv("LORA_GPT2_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("LORA_GPT2_TARGETS", "tests.")
 
 
 def tiny_rows(count: int, seed: int) -> list[TextRow]:

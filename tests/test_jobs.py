@@ -2,7 +2,9 @@
 
 import json
 import os
+import shutil
 import sys
+import time
 from dataclasses import replace
 
 import hydra
@@ -63,6 +65,49 @@ def test_a_job_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, settings):
     work = Work()
     jobs.run(settings, tmp_path, work, once=True)
     assert work.resumed == [str(tmp_path)]
+    (tmp_path / "status.json").unlink()
+    jobs.run(settings, tmp_path, work, once=True)
+    assert work.resumed[1:] == [None], "nobody knows whose checkpoint that is"
+
+
+@pytest.mark.parametrize("host", [None, "another machine"])
+def test_a_job_that_has_not_shown_itself_for_long_is_cut_off(tmp_path, settings, host):
+    jobs.run(settings, tmp_path, Work(), once=True)
+    job = Job.read(tmp_path)
+    replace(job, state=State.running, process=os.getppid(), host=host or job.host).write(tmp_path)
+    assert Job.read(tmp_path).alive
+    long_ago = time.time() - 3600
+    os.utime(tmp_path / "status.json", (long_ago, long_ago))
+    assert Job.read(tmp_path).told()[0] == "cut off"
+    assert jobs.run(settings, tmp_path, Work(), once=True) == 1.5
+
+
+def test_a_running_job_shows_itself(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(jobs, "_BEAT", 0.01)
+    seen = []
+
+    def work(settings, folder):
+        os.utime(folder / "status.json", (0, 0))
+        time.sleep(0.3)
+        seen.append(Job.read(folder).seen)
+
+    jobs.run(settings, tmp_path, work, once=True)
+    assert seen[0] > 0
+
+
+def test_several_adapters_are_finished_before_their_run_is(tmp_path, run, tiny_corpus, monkeypatch):
+    several = settings_of("train", ["lora=qv", "lora.rank=[1,2]"])
+    order = []
+    write = Job.write
+    monkeypatch.setattr(
+        Job, "write", lambda job, place: order.append((place.name, job.state)) or write(job, place)
+    )
+    for name in several.members():
+        (tmp_path / name).mkdir()
+    jobs.run(several, tmp_path, Work(), once=True)
+    *_, first, second, last = order
+    assert {state for _, state in (first, second, last)} == {State.finished}
+    assert last[0] == tmp_path.name
 
 
 def test_a_job_that_runs_and_one_of_other_settings_are_left_alone(tmp_path, settings):
@@ -77,12 +122,14 @@ def test_a_job_that_runs_and_one_of_other_settings_are_left_alone(tmp_path, sett
 
 
 def test_what_does_not_decide_the_result_does_not_count(settings):
-    other = settings_of("train", ["lora=qv", "logger=none", "callbacks.progress.every=7", "resume=x"])
+    other = settings_of("train", ["lora=qv", "logger=none", "callbacks.progress.every=7"])
     different = settings_of("train", ["lora=qv", "seed=7"])
     by_bleu = settings_of("train", ["lora=qv", "callbacks=best_bleu"])
-    keys = [Job(one.decisive(), State.running, "").key for one in (settings, other, different, by_bleu)]
+    resumed = settings_of("train", ["lora=qv", "resume=elsewhere"])
+    every = settings, other, different, by_bleu, resumed
+    keys = [Job(one.decisive(), State.running, "").key for one in every]
     assert keys[0] == keys[1]
-    assert len(set(keys)) == 3
+    assert len(set(keys)) == 4
 
 
 def test_a_status_that_is_none_is_named(tmp_path):
@@ -178,6 +225,22 @@ def test_several_adapters_at_once_are_points_too(tmp_path, tiny, run):
         sweep.points({place: job.settings for place, job in jobs.adapters(tmp_path).items()}, "meteor")
 
 
-def test_the_papers_figures_stand_beside_its_model_and_corpus():
-    assert sweep.TABLE_18[4]["bleu"] == 0.7038
-    assert list(sweep.TABLE_18) == [2**n for n in range(8)]
+@pytest.mark.parametrize(
+    ("change", "beside"),
+    [({}, 0.7038), ({"score": "valid"}, None), ({"limit": 100}, None), ({"model.name": "gpt2.sm"}, None)],
+    ids=str,
+)
+def test_the_papers_figures_stand_beside_its_own_model_corpus_and_test_set(swept, change, beside):
+    ours = {"model.name": "gpt2.md", "data.corpus": "e2e", "score": "test", "limit": None, "lora.rank": 4}
+    (point,) = sweep.points({swept / "0": {**ours, **change}})
+    assert (point.paper or {}).get("bleu") == beside
+
+
+def test_figures_that_are_not_finite_are_none(swept, tmp_path):
+    shutil.copytree(swept / "0", tmp_path / "0")
+    scores = json.loads((tmp_path / "0" / "scores.json").read_text())
+    (tmp_path / "0" / "scores.json").write_text(json.dumps({**scores, "bleu": float("nan")}))
+    found = sweep.metrics(tmp_path / "0")
+    assert "bleu" not in found
+    assert "nist" in found
+    assert sweep.deciding([found, {"bleu": 1.0, "valid_loss": 2.0}]) == "valid_loss"

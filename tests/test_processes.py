@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 import torch
+from lightning import Callback
 from safetensors.torch import load_file
 
 from lora_gpt2.jobs import Job, State
@@ -21,7 +22,10 @@ TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 def test_a_sweep_over_two_devices_has_exactly_its_jobs(tmp_path, tiny):
     common = [*tiny, *TWO, "lora=qv", "trainer.max_epochs=1"]
-    swept = script("train", "-m", *common, "lora.rank=1,2", f"hydra.sweep.dir={tmp_path / 'a sweep'}")
+    where = f"hydra.sweep.dir={tmp_path / 'a sweep'}"
+    planned = script("train", "-m", *common, "lora.rank=1,2", where, "dry_run=true")
+    assert planned.returncode == 0, planned.stderr
+    swept = script("train", "-m", *common, "lora.rank=1,2", where)
     assert swept.returncode == 0, swept.stderr
     jobs = sorted(path.name for path in (tmp_path / "a sweep").iterdir() if path.is_dir())
     assert jobs == ["0", "1"]
@@ -34,6 +38,21 @@ def test_a_sweep_over_two_devices_has_exactly_its_jobs(tmp_path, tiny):
         assert len(list(folder.glob("metrics*.csv"))) == 1
         assert Job.read(folder).state is State.finished
         assert Job.read(folder).valid_loss is not None
+
+
+def test_a_sweep_over_numbers_of_devices(tmp_path, tiny):
+    more = ["lora=qv", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=1"]
+    swept = script("train", "-m", *tiny, *more, "trainer.devices=1,2", f"hydra.sweep.dir={tmp_path}")
+    assert swept.returncode == 0, swept.stderr
+    one, two = (load_file(tmp_path / name / "adapter.safetensors") for name in "01")
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
+def test_a_job_over_two_devices_says_why_it_failed(tmp_path, tiny):
+    more = ["lora=qv", "base=/no/where"]
+    swept = script("train", "-m", *tiny, *TWO, *more, "seed=1", f"hydra.sweep.dir={tmp_path}")
+    assert swept.returncode == 1
+    assert "/no/where" in Job.read(tmp_path / "0").error
 
 
 def test_a_sweep_under_torchrun_is_refused(tmp_path, tiny):
@@ -87,11 +106,23 @@ def test_ranks_that_were_told_different_things_stop(tmp_path, tiny):
         assert "the processes of this run were given different settings" in error
 
 
+class HalfOfABlock(Callback):
+    """Fails unless each process holds half of every block's frozen weights."""
+
+    def on_train_start(self, trainer, pl_module):
+        for block in pl_module.model.transformer.h:
+            whole = [one for one in block.parameters() if not one.requires_grad]
+            held = sum(one.to_local().numel() for one in whole)
+            assert held == sum(one.numel() for one in whole) // trainer.world_size
+
+
 def test_a_sharded_base_trains_to_the_numbers_of_ddp(tmp_path, tiny):
     common = [*tiny, *TWO[1:], "lora=qv", "trainer.max_epochs=1"]
+    half = "+callbacks.half={_target_: tests.test_processes.HalfOfABlock}"
     for strategy in ("ddp", "fsdp"):
         folder = tmp_path / strategy
-        done = script("train", *common, f"trainer={strategy}", f"hydra.run.dir={folder}")
+        more = [half] if strategy == "fsdp" else []
+        done = script("train", *common, *more, f"trainer={strategy}", f"hydra.run.dir={folder}")
         assert done.returncode == 0, done.stderr
     whole, sharded = (load_file(tmp_path / name / "adapter.safetensors") for name in ("ddp", "fsdp"))
     assert all(torch.equal(sharded[name], weight) for name, weight in whole.items())
@@ -106,7 +137,10 @@ def test_a_sharded_base_trains_to_the_numbers_of_ddp(tmp_path, tiny):
     [
         (["lora=none"], "trainer.strategy: shards the frozen base of one adapter"),
         (["lora=qv", "callbacks=scores"], "callbacks.scores: cannot decode with a sharded base"),
-        (["lora=qv", "data.eval_batch_size=1"], "a batch of the validation split has no row for some device"),
+        (
+            ["lora=qv", "data.eval_batch_size=1"],
+            "data.eval_batch_size: a batch of 1 rows is too small for 2 devices",
+        ),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(tmp_path, tiny, more, message):

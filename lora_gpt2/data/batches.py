@@ -134,9 +134,8 @@ class LengthBuckets(Sampler[list[int]]):
     Rows are shuffled, cut into buckets of `bucket` batches, sorted by length inside a bucket, cut into
     batches, and the batches shuffled again; `bucket` 0 turns sorting off. The order depends on `seed` and
     the epoch alone, and so does a batch: it has the same rows over one device and over many. Sizes differ by
-    one row at most and none exceeds `batch_size`. Without `shuffle` rows come longest first, and where a
-    batch has fewer rows than ranks, some ranks have none. An epoch that was interrupted goes on behind the
-    first `skip()` batches.
+    one row at most and none exceeds `batch_size`. Without `shuffle` rows come longest first. An epoch
+    that was interrupted goes on behind the first `skip()` batches.
     """
 
     def __init__(
@@ -151,16 +150,17 @@ class LengthBuckets(Sampler[list[int]]):
         ranks: int = 1,
         skip: Callable[[], int] = lambda: 0,
     ) -> None:
-        """Raises UserError where a batch to train on has no row for some rank."""
+        """Raises UserError where a batch has no row for some rank, for which the others would wait."""
         self.lengths, self.batch_size, self.shuffle = lengths, batch_size, shuffle
         self.seed, self.bucket, self.rank, self.ranks = seed, bucket, rank, ranks
         self.skip, self.epoch = skip, 0
         rows, batches = len(lengths), -(-len(lengths) // batch_size)
         self.bounds = [i * rows // batches for i in range(batches + 1)] if rows else [0]
         fewest = min((b - a for a, b in pairwise(self.bounds)), default=0)
-        if shuffle and fewest < ranks:
+        if fewest < ranks:
             what = f"a batch of {fewest} rows is too small for {ranks} devices"
-            raise UserError("data.batch_size", what, "set it higher, or trainer.devices lower")
+            key = "data.batch_size" if shuffle else "data.eval_batch_size"
+            raise UserError(key, what, "set it higher, or trainer.devices lower")
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

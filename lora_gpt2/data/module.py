@@ -29,7 +29,6 @@ class DataToText(LightningDataModule):
         With several `seeds` a training batch is a list: one of each order.
         """
         super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # fewer validation rows than ranks
         self.settings, self.seeds = settings, seeds
         root = Path(settings.root).expanduser() if settings.root else None
         self.folder = encoded(

@@ -4,6 +4,7 @@ import csv
 import difflib
 import json
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -16,7 +17,7 @@ from lora_gpt2 import conversion, jobs, settings
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import significance, text_files
 from lora_gpt2.evaluation.rouge_cider import rouge_l
-from lora_gpt2.evaluation.scorer import WEBNLG_CORPORA, e2e_statistics, webnlg_statistics
+from lora_gpt2.evaluation.scorer import e2e_statistics, webnlg_statistics
 from lora_gpt2.evaluation.significance import Interval
 from lora_gpt2.files import read_json, write_text
 from lora_gpt2.jobs import Job
@@ -28,6 +29,9 @@ from lora_gpt2.weights.analysis import analyse
 
 _SHOWN = 5
 """So many of the best and of the worst predictions."""
+
+_BETWEEN = 300.0
+"""No job of a sweep may run for so many seconds before the sweep counts as over."""
 
 
 @dataclass
@@ -70,7 +74,7 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
     listed = jobs.jobs(folder)
     entries = _entries(folder)
     compared = _compare(entries, baseline)
-    running = any(job.alive for job in listed.values())
+    running = any(job.alive for job in listed.values()) or _between(folder, listed)
     text = _template().render(
         title=folder.resolve().name,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -90,6 +94,14 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
     )
     write_text(output, text)
     return running
+
+
+def _between(folder: Path, listed: Mapping[str, Job]) -> bool:
+    """Whether a sweep that has jobs to begin was at work a moment ago."""
+    if (folder / jobs.STATUS_FILE).is_file():
+        return False
+    left = len(jobs.planned(folder)) > len(listed) or (folder / jobs.SEARCH_FILE).is_file()
+    return left and time.time() - max(job.seen for job in listed.values()) < _BETWEEN
 
 
 def figures(folder: Path) -> dict[str, list[Any]]:
@@ -120,7 +132,7 @@ def _entries(folder: Path) -> list[Entry]:
         Entry(names[place], place, job, sweep.metrics(place), Texts.of(place))
         for place, job in finished.items()
     ]
-    by = "bleu" if all("bleu" in entry.values for entry in found) else sweep.LOSS
+    by = sweep.deciding([entry.values for entry in found]) or sweep.LOSS
     sign = 1 if by in sweep.FALLING else -1
     return sorted(found, key=lambda entry: sign * entry.values.get(by, float("inf") * sign))
 
@@ -142,8 +154,8 @@ def _compare(entries: Sequence[Entry], baseline: Path | None) -> str | None:
     systems = [entry.texts.predictions for entry in alike if entry.texts]
     if against is not None:
         systems.append(against.predictions)
-    webnlg = scored[0].job.settings.get("data.corpus") in WEBNLG_CORPORA
-    found = (webnlg_statistics if webnlg else e2e_statistics)(systems, first.references)
+    of_webnlg = "ter" in scored[0].values  # E2E has no TER, whatever the settings call the corpus
+    found = (webnlg_statistics if of_webnlg else e2e_statistics)(systems, first.references)
     reference = found[-1] if against is not None else found[0]
     for entry, of_each in zip(alike, found, strict=False):
         for metric, one in of_each.items():
@@ -154,15 +166,18 @@ def _compare(entries: Sequence[Entry], baseline: Path | None) -> str | None:
 
 
 def _differences(of_each: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Settings that are not as they stand without any override: name, value or values, default."""
+    """Settings that are not as they stand without any override: name, value or values, default.
+
+    Those in which jobs differ come first.
+    """
     usual = settings.composed([]).decisive()
     found = []
     for name in dict.fromkeys(name for one in of_each for name in one):
         values = list(dict.fromkeys(json.dumps(one.get(name)) for one in of_each))
         default = json.dumps(usual.get(name))
         if values != [default]:
-            found.append((name, ", ".join(values), default))
-    return sorted(found, key=lambda one: ("," not in one[1], one[0]))
+            found.append((len(values) == 1, name, ", ".join(values), default))
+    return [(name, values, default) for _, name, values, default in sorted(found)]
 
 
 def _papers(entries: Sequence[Entry]) -> dict[int, dict[str, float]]:
@@ -185,8 +200,8 @@ def _pictures(folder: Path, listed: Mapping[str, Job], entries: Sequence[Entry])
         lines = {name: line for name, place in places.items() if (line := _course(place, column))[0]}
         if lines:
             found.append((title, pictures.curves(lines, "step", column)))
-    by = next((name for name in ("bleu", sweep.LOSS) if all(name in e.values for e in entries)), None)
-    if by and len(entries) > 1:
+    by = sweep.deciding([entry.values for entry in entries])
+    if by and len(entries) > 1 and all(by in entry.values for entry in entries):
         found += _of_sweep(entries, by)
     if entries and holds_adapter(entries[0].folder):
         found.append((f"Singular values of the updates: {entries[0].name}", _spectra(entries[0].folder)))
@@ -209,14 +224,14 @@ def _of_sweep(entries: Sequence[Entry], by: str) -> list[tuple[str, str]]:
 
 
 def _course(place: Path, column: str) -> pictures.Line:
-    """Steps and values of a column of metrics.csv."""
-    path = place / "metrics.csv"
-    if not path.is_file():
-        return [], []
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = [(row.get("step"), row.get(column)) for row in csv.DictReader(file)]
-    pairs = [(float(step), float(value)) for step, value in rows if step and value]
-    return [step for step, _ in pairs], [value for _, value in pairs]
+    """Steps and values of a column of metrics.csv, and before it of the files of interrupted runs."""
+    earlier = sorted(place.glob("metrics.*.csv"), key=lambda path: (len(path.name), path))
+    pairs: dict[float, float] = {}
+    for path in filter(Path.is_file, [*earlier, place / "metrics.csv"]):
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [(row.get("step"), row.get(column)) for row in csv.DictReader(file)]
+        pairs.update((float(step), float(value)) for step, value in rows if step and value)
+    return sorted(pairs), [pairs[step] for step in sorted(pairs)]
 
 
 def _spectra(folder: Path) -> str:

@@ -45,11 +45,12 @@ def model(card: str, built: GPT2LMModel) -> None:
 
 @rank_zero_only
 def rows_cut(seq_len: int, **splits: EncodedRows) -> None:
-    """How many rows `seq_len` shortened, where it did."""
+    """How many rows `seq_len` shortened, where it did; more than one in a hundred are a warning."""
     for name, rows in splits.items():
         if rows.cut:
+            warning = "[bold yellow]warning:[/] " if rows.cut > len(rows) / 100 else ""
             _console.print(
-                f"{name}: {rows.cut:,} of {len(rows):,} rows cut to data.seq_len={seq_len} tokens, "
+                f"{warning}{name}: {rows.cut:,} of {len(rows):,} rows cut to data.seq_len={seq_len} tokens, "
                 f"{rows.lost:,} of them keep nothing of their completion"
             )
 

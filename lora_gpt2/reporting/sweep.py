@@ -62,7 +62,7 @@ class Point:
 def points(runs: Mapping[Path, Mapping[str, Any]], by: str | None = None) -> list[Point]:
     """The runs of a sweep, each folder with its settings, put together over seeds, the best first.
 
-    `by`: the metric that decides; default: BLEU where there are scores, else the validation loss.
+    `by`: the metric that decides; default: see `deciding`.
     Raises UserError for a metric that no run has.
     """
     alike: dict[str, list[Path]] = {}
@@ -80,7 +80,7 @@ def points(runs: Mapping[Path, Mapping[str, Any]], by: str | None = None) -> lis
         chosen = {name: settings.get(name) for name in names}
         found.append(Point(chosen, len(folders), parameters(folders[0]), values, paper))
     known = list(dict.fromkeys(name for point in found for name in point.values))
-    by = by or next((name for name in ("bleu", LOSS) if name in known), None)
+    by = by or deciding([point.values for point in found])
     if by is None:
         return found
     if by not in known:
@@ -89,9 +89,16 @@ def points(runs: Mapping[Path, Mapping[str, Any]], by: str | None = None) -> lis
     return sorted(found, key=lambda point: sign * point.mean(by) if point.values.get(by) else math.inf)
 
 
+def deciding(of_each: Sequence[Mapping[str, Any]]) -> str | None:
+    """The metric that tells which is best: BLEU where all have it, else the validation loss."""
+    found = [name for name in ("bleu", LOSS) if all(name in values for values in of_each)]
+    return found[0] if found else next((LOSS for values in of_each if LOSS in values), None)
+
+
 def is_table_18(settings: Mapping[str, Any]) -> bool:
-    """Whether the paper's Table 18 is of this model and corpus."""
-    return settings.get("model.name") == "gpt2.md" and settings.get("data.corpus") == "e2e"
+    """Whether the paper's Table 18 is of this model and corpus, and of all inputs that were scored."""
+    ours = [settings.get(name) for name in ("model.name", "data.corpus", "score", "limit")]
+    return ours == ["gpt2.md", "e2e", "test", None]
 
 
 def varying(settings: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -159,7 +166,7 @@ def _weights(folder: Path) -> Path:
 
 
 def metrics(folder: Path) -> dict[str, float]:
-    """What a run's own files tell of its quality."""
+    """What a run's own files tell of its quality; figures that are not finite tell nothing."""
     found = {}
     description = read_description(_weights(folder))
     loss = description.notes.get(LOSS) if description is not None else None
@@ -167,7 +174,7 @@ def metrics(folder: Path) -> dict[str, float]:
         found[LOSS] = float(loss)
     if (path := folder / "scores.json").is_file():
         found.update(figures(read_json(path, "score the run again with generate.py")))
-    return found
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def parameters(folder: Path) -> int:

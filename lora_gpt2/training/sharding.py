@@ -1,9 +1,7 @@
 """A frozen base in parts, one on each device; what trains is on all of them."""
 
-from typing import Any, cast
-
-import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -20,28 +18,24 @@ class ShardedBase(DDPStrategy):
     Each device holds its part of the frozen blocks, the tables and the adapter. The numbers are DDP's.
     """
 
-    def configure_ddp(self) -> None:
-        """Raises UserError for what has no frozen base, or cannot run in step on all devices."""
+    def model_to_device(self) -> None:
+        """Block by block, so that no device ever holds the whole. Raises UserError without a frozen base."""
         module = self.lightning_module
-        if not isinstance(module, LanguageModeling) or not module.model.lora_layers():
-            what = "shards the frozen base of one adapter, and this run has none or several"
-            raise UserError("trainer.strategy", what, "use trainer=ddp")
-        self._check_validation()
-        shard(module.model, self.root_device.type, self.world_size)
+        if module is not None and module.trainer.state.fn is TrainerFn.FITTING:
+            if not isinstance(module, LanguageModeling) or not module.model.lora_layers():
+                what = "shards the frozen base of one adapter, and this run has none or several"
+                raise UserError("trainer.strategy", what, "use trainer=ddp")
+            shard(module.model, self.root_device.type, self.world_size)
+        super().model_to_device()
+
+    def configure_ddp(self) -> None:
+        module = self.lightning_module
+        assert module is not None
         frozen = [name for name, one in module.named_parameters() if not one.requires_grad]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
             module, frozen
         )
         super().configure_ddp()
-
-    def _check_validation(self) -> None:
-        """Devices fetch the blocks together: one without a batch would leave the others waiting."""
-        loader = cast(Any, self.lightning_module).trainer.datamodule.val_dataloader()
-        of_all: list[Any] = [None] * self.world_size
-        torch.distributed.all_gather_object(of_all, len(loader))
-        if len(set(of_all)) > 1:
-            what = "a batch of the validation split has no row for some device"
-            raise UserError("data.eval_batch_size", what, "set it higher, or trainer.devices lower")
 
 
 def shard(model: GPT2LMModel, device: str, devices: int) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -163,6 +164,8 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(path, "there is no such file", "give a file of weights")
+    if zipfile.is_zipfile(path) and (fault := _archive_fault(path)):
+        raise UserError(path, fault, "take another copy, or write it again")
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -177,6 +180,21 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(path, f"holds a {type(values).__name__}", "expected a dict of tensors")
     return values
+
+
+def _archive_fault(path: Path) -> str:
+    """What is wrong with a file of torch.save by its own checksums; "" where nothing is.
+
+    Compressed parts are refused: torch writes none, and a small one may grow to any size.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                return "has compressed parts, which torch does not write"
+            broken = archive.testzip()
+            return f"is damaged at {broken}" if broken else ""
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        return f"is damaged ({error})"
 
 
 @contextmanager

@@ -76,7 +76,24 @@ def test_the_papers_decoding_is_the_default():
         ("+lora.rnk=3", "lora.rnk: no such setting, did you mean lora.rank?"),
         ("+trainer.max_epoch=3", "trainer.max_epoch: no such argument of lightning.Trainer, did you mean"),
         ("+callbacks.progress.evry=3", "callbacks.progress.evry: no such argument of"),
-        ("logger._target_=no.Logger", "logger._target_: Error loading 'no.Logger'"),
+        ("logger._target_=lora_gpt2.no.Logger", "logger._target_: Error loading 'lora_gpt2.no.Logger'"),
+        (
+            "logger._target_=no.Logger",
+            "no.Logger is not trusted; if you wrote it, set LORA_GPT2_TARGETS=no.Logger",
+        ),
+        (
+            "+callbacks.x={_target_: os.system, command: echo}",
+            "callbacks.x._target_: os.system is not trusted",
+        ),
+        (
+            "+trainer.plugins=[{_target_: os.system}]",
+            r"trainer.plugins\[0\]._target_: os.system is not trusted",
+        ),
+        (
+            "+callbacks.x={_target_: lora_gpt2.hub.fetch}",
+            "callbacks.x._target_: lora_gpt2.hub.fetch is no class",
+        ),
+        ("trainer._target_=[]", "trainer._target_"),
         ("label_smoothing=1.5", r"label_smoothing must be in \[0, 1\), not 1.5"),
         ("data.batch_size=0", "data.batch_size must be at least 1, not 0"),
         ("data=e2e", "data.root is missing"),

@@ -9,6 +9,8 @@ import pytest
 
 from lora_gpt2 import jobs
 from lora_gpt2.errors import UserError
+from lora_gpt2.evaluation.scorer import score_by_part, scores_as_dict
+from lora_gpt2.files import write_json
 from lora_gpt2.report import page, pictures
 
 
@@ -90,3 +92,38 @@ def test_pictures_are_bare_elements_that_say_the_same_twice():
     assert "0.7000" in pictures.heat_map(cells, "rank", "alpha", "bleu")
     points = {"small": (10.0, 0.5), "large": (20.0, 0.4), "best": (20.0, 0.9)}
     assert "Pareto" in pictures.front(points, "parameters", "bleu", falling=False)
+
+
+@pytest.mark.usefixtures("_without_meteor")
+def test_intervals_are_of_the_metrics_that_were_scored(tmp_path, swept):
+    """WebNLG's rows may come as data=jsonl: BLEU is then in percent, and TER and chrF++ stand beside it."""
+    folder = tmp_path / "0"
+    shutil.copytree(swept / "0", folder)
+    texts = page.Texts.of(folder)
+    parts = ["all"] * len(texts.predictions)
+    by_part = score_by_part(texts.predictions, texts.references, parts)
+    scores = {part: scores_as_dict(values, texts.references) for part, values in by_part.items()}
+    write_json(folder / "scores.json", scores)
+    (entry,) = page._entries(folder)
+    page._compare([entry], None)
+    assert {"bleu", "ter", "chrf"} <= entry.intervals.keys()
+    for metric, (low, high) in entry.intervals.items():
+        assert low <= entry.values[metric] <= high, metric
+
+
+def test_curves_go_back_before_an_interruption(tmp_path):
+    rows = {
+        "metrics.1.csv": [(1, 4.0), (2, 3.0)],
+        "metrics.2.csv": [(2, 3.5), (3, 2.0)],
+        "metrics.csv": [(4, 1.0)],
+    }
+    for name, values in rows.items():
+        lines = "".join(f"{step},{value}\n" for step, value in values)
+        (tmp_path / name).write_text("step,train/loss\n" + lines)
+    assert page._course(tmp_path, "train/loss") == ([1, 2, 3, 4], [4.0, 3.5, 2.0, 1.0])
+    assert page._course(tmp_path / "none", "train/loss") == ([], [])
+
+
+def test_settings_in_which_jobs_differ_come_first():
+    of_each = [{"lora.targets": ["q", "k"], "optimizer.lr": rate} for rate in (2, 3)]
+    assert page._differences(of_each)[0][0] == "optimizer.lr"

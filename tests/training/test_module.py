@@ -168,7 +168,7 @@ def test_a_truncated_checkpoint_is_refused(tmp_path, tiny):
     train(tmp_path / "one", *tiny, "trainer.max_steps=1")
     path = tmp_path / "one" / "checkpoints" / "last.ckpt"
     path.write_bytes(path.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"last.ckpt: is not a whole checkpoint"):
+    with pytest.raises(UserError, match=r"last.ckpt: (could not be read|is damaged)"):
         train(tmp_path / "two", *tiny, f"resume={tmp_path / 'one'}")
 
 

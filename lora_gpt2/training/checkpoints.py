@@ -1,0 +1,108 @@
+"""Checkpoints: whole or absent, and written when a run is told to stop."""
+
+import contextlib
+import io
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins import TorchCheckpointIO
+
+from lora_gpt2.files import replacing
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+"""Ask a run to stop: a terminal, a system that shuts down, a scheduler that needs the machine."""
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoint files, synced to disk before they take their name."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
+    ) -> None:
+        held = io.BytesIO()  # torch tells of a full disk in words of its own
+        torch.save(checkpoint, held)
+        with replacing(path) as temporary:
+            temporary.write_bytes(held.getbuffer())
+
+
+class Stopped(SystemExit):
+    """A signal ended the run. The exit code is 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class SaveWhenStopped(Callback):
+    """Ends a run that gets one of `SIGNALS` behind its step, and leaves a checkpoint there to go on from.
+
+    A second one ends it at once. SIGUSR1 and SIGUSR2 are then handed on to whom they were for before: a
+    scheduler's own way to begin the job again.
+    """
+
+    def __init__(self, dirpath: str | Path = "checkpoints") -> None:
+        self.folder = Path(dirpath)
+        self._told: int | None = None
+        self._before: dict[int, Any] = {}
+        self._step = 0
+        self._agreed: Callable[[int], int] = lambda told: told
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._told, self._step = None, trainer.global_step
+        if trainer.world_size > 1:
+            group = torch.distributed.new_group(backend="gloo")
+
+            def agreed(told: int) -> int:
+                """What any process was told; over a CPU's group, for which a GPU need not be waited for."""
+                of_all = torch.tensor(told)
+                torch.distributed.all_reduce(of_all, torch.distributed.ReduceOp.MAX, group)
+                return int(of_all)
+
+            self._agreed = agreed
+        with contextlib.suppress(ValueError):  # not in the main thread: the signals are another's
+            self._before = {number: signal.signal(number, self._tell) for number in SIGNALS}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # between two steps, where gradients are accumulated
+        self._step = trainer.global_step
+        if told := self._agreed(self._told or 0):
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            stopped, before = Stopped(told), self._before.get(told)
+            if trainer.is_global_zero:
+                run = self.folder.parent
+                print(f"{stopped}: stopped behind step {self._step}, go on with resume={run}", flush=True)
+            self._restore()
+            if stopped.name.startswith("SIGUSR") and callable(before):
+                before(told, None)
+            if not trainer.is_global_zero:
+                raise SystemExit  # in peace: Lightning kills the first where another fails
+            raise stopped
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        self._told = number
+        for every in self._before:  # the next one ends it
+            signal.signal(every, signal.SIG_DFL)
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,129 @@
+"""Runs that are told to stop, disks that are full, files that are not what they seem."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import psutil
+import pytest
+import torch
+from lightning import Callback
+from safetensors.torch import load_file
+
+from lora_gpt2.errors import UserError
+from lora_gpt2.files import locked
+from lora_gpt2.weights.store import read_pickle
+from tests.conftest import ROOT, script, train
+
+LONG = ["trainer.max_epochs=4", "callbacks.progress.every=0", "lora=qv"]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+
+
+def stopped(signals, *arguments):
+    """A training that gets signals behind its third step; its exit code and what it said."""
+    command = [sys.executable, ROOT / "train.py", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "step 3/" in line:
+            for number in signals:
+                process.send_signal(number)
+            signals = []
+    return process.wait(timeout=120), said
+
+
+@pytest.mark.parametrize(
+    ("number", "more"), [(signal.SIGTERM, TWO), (signal.SIGINT, []), (signal.SIGUSR1, [])], ids=str
+)
+def test_a_run_that_is_told_to_stop_goes_on_to_the_same_weights(tmp_path, tiny, number, more):
+    whole, broken, resumed = (tmp_path / name for name in ("whole", "broken", "resumed"))
+    arguments = [*tiny, *LONG, *more]
+    slow = "+callbacks.slow={_target_: tests.training.test_checkpoints.Slow}"
+    code, said = stopped([number], *arguments, slow, f"hydra.run.dir={broken}")
+    assert code == 128 + number, said
+    assert f"{number.name}: stopped behind step" in said
+    assert f"go on with resume={broken}" in said
+    assert "Traceback" not in said
+    assert not (broken / "adapter.safetensors").exists()
+    for folder, add in ((whole, []), (resumed, [f"resume={broken}"])):
+        done = script("train", *arguments, *add, f"hydra.run.dir={folder}")
+        assert done.returncode == 0, done.stderr
+    expected, got = (load_file(folder / "adapter.safetensors") for folder in (whole, resumed))
+    assert all(torch.equal(got[name], weight) for name, weight in expected.items())
+
+
+class Slow(Callback):
+    """Leaves time to send a signal."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("more", [[], TWO], ids=["one device", "two"])
+def test_a_sweep_that_is_told_to_stop_begins_no_other_job(tmp_path, tiny, more):
+    slow = "+callbacks.slow={_target_: tests.training.test_checkpoints.Slow}"
+    where = f"hydra.sweep.dir={tmp_path}"
+    code, said = stopped([signal.SIGTERM], "-m", *tiny, *LONG, *more, slow, "seed=1,2", where)
+    assert code == 128 + signal.SIGTERM, said
+    assert not (tmp_path / "1").exists()
+    assert (tmp_path / "0" / "checkpoints" / "last.ckpt").is_file()
+    deadline = time.monotonic() + 30
+    while any(
+        str(tmp_path) in " ".join(one.info["cmdline"] or []) for one in psutil.process_iter(["cmdline"])
+    ):
+        assert time.monotonic() < deadline, "its processes live on"
+        time.sleep(0.2)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path, tiny):
+    with locked(tmp_path):
+        for name, arguments in (("train", tiny), ("generate", ["data=demo", "adapter=/no/where"])):
+            done = script(name, *arguments, f"hydra.run.dir={tmp_path}")
+            assert done.returncode == 1
+            assert "another run writes there; wait for it, or give another folder" in done.stderr
+    assert not (tmp_path / "status.json").exists()
+
+
+def test_a_full_disk_is_one_clear_error_and_the_last_good_file_stays(tmp_path, tiny):
+    """The limit on a file's size stands for the disk's."""
+    train(tmp_path, *tiny, "lora=qv", "trainer.max_epochs=1")
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    more = ["lora=qv", "lora.rank=16", "callbacks.last.every_n_train_steps=1", f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, ROOT / "train.py", *tiny, *more]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), len(before)))  # noqa: E731
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "cannot be written (File too large); what was there is kept; raise the limit" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert last.read_bytes() == before
+    assert not list(last.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("fault", ["a byte", "cut", "compressed"])
+def test_a_checkpoint_that_is_not_whole_is_refused(tmp_path, tiny, fault):
+    train(tmp_path / "a", *tiny, "lora=qv", "trainer.max_steps=1")
+    path = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    held = bytearray(path.read_bytes())
+    if fault == "compressed":
+        with (
+            zipfile.ZipFile(path) as old,
+            zipfile.ZipFile(tmp_path / "new", "w", zipfile.ZIP_DEFLATED) as new,
+        ):
+            for part in old.namelist():
+                new.writestr(part, old.read(part))
+        os.replace(tmp_path / "new", path)
+    else:
+        at = held.index(
+            read_pickle(path)["state_dict"]["model.transformer.h.0.attn.c_attn.lora_A"].numpy().tobytes()
+        )
+        held[at] ^= 1
+        path.write_bytes(held if fault == "a byte" else held[:at])
+    message = {"a byte": "is damaged at", "cut": "could not be read", "compressed": "has compressed parts"}
+    with pytest.raises(UserError, match=message[fault]):
+        train(tmp_path / "b", *tiny, "lora=qv", f"resume={tmp_path / 'a'}")
