@@ -304,6 +304,29 @@ def serve(
     answer(playground, port, lambda address: typer.echo(f"{address}  (stop it with Ctrl-C)"))
 
 
+@app.command(name="verify-resume", context_settings={"ignore_unknown_options": True})
+def verify_resume(
+    overrides: Annotated[list[str], typer.Argument(help="Settings, as for train.py.")],
+    kills: Annotated[int, typer.Option(help="How many interruptions.", min=1)] = 5,
+    seed: Annotated[int, typer.Option(help="Of their moments.")] = 0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="An empty folder.")] = Path(
+        "outputs/verify-resume"
+    ),
+) -> None:
+    """Interrupt and resume a training at random, and compare it to the bit with one left in peace."""
+    from lora_gpt2 import resuming
+
+    found = resuming.verify(overrides, output, kills, seed)
+    sent = ", ".join(f"{count} {name}" for name, count in sorted(found.kills.items()))
+    typer.echo(
+        f"{found.steps} steps in {found.seconds:.0f} s undisturbed; {sent}; {found.resumed} times resumed, "
+        f"{found.finished} runs to their end, {found.missing} logged steps lost, "
+        f"{len(found.differences)} differences"
+    )
+    if found.differences:
+        raise UserError(output, found.differences[0], "report it with these settings")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the artefacts.")] = Path("outputs/demo"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer, seed_everything
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from torch.utils.data import DataLoader
 
 from lora_gpt2 import runs
@@ -64,9 +64,9 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     module = AdaptersTogether(modules) if len(modules) > 1 else modules[""]
     checkpoint = runs.checkpoint_file(settings.resume)
     runs.write_provenance(folder, data)
-    with _logged(settings, folder) as logger:
+    with _logged(settings, folder) as loggers:
         callbacks = [RanksAgree(settings.decisive()), *_callbacks(settings.callbacks, folder)]
-        trainer = _trainer(settings.trainer, callbacks, logger, folder)
+        trainer = _trainer(settings.trainer, callbacks, loggers, folder)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         finally:
@@ -81,9 +81,9 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
         trainer.strategy.barrier()  # until the weights are there for all ranks
         for name, member in members.items() if settings.score else ():
             scores = generate(_scoring(member, str(folder / name)), folder / name)
-            if logger is not None and scores is not None:
-                prefix = "/".join(filter(None, ["final", settings.score, name]))
-                logger.log_metrics({f"{prefix}/{key}": value for key, value in figures(scores).items()})
+            prefix = "/".join(filter(None, ["final", settings.score, name]))
+            for logger in loggers if scores is not None else ():
+                logger.log_metrics({f"{prefix}/{key}": value for key, value in figures(scores or {}).items()})
                 logger.save()
     return min((loss for loss in losses if loss is not None), default=None)
 
@@ -153,7 +153,7 @@ def generate(settings: GenerateSettings, folder: Path) -> dict[str, Any] | None:
         raise UserError("decoding.end_tokens", what, "give others, or leave them to the tokenizer")
     parts = _parts(settings, folder, queries, models, end_tokens)
     callbacks = _callbacks(settings.callbacks, folder)
-    trainer = _trainer(settings.trainer, callbacks, None, folder)
+    trainer = _trainer(settings.trainer, callbacks, [], folder)
     if len(parts.finished) < len(queries):
         progress = [callback for callback in callbacks if isinstance(callback, Progress)]
         _decode(queries, parts, Decoding(models, settings.decoding, end_tokens), trainer, progress)
@@ -198,27 +198,33 @@ def _callbacks(nodes: dict[str, Any], folder: Path) -> list[Callback]:
 
 
 def _trainer(
-    arguments: dict[str, Any], callbacks: list[Callback], logger: Logger | None, folder: Path
+    arguments: dict[str, Any], callbacks: list[Callback], loggers: list[Logger], folder: Path
 ) -> Trainer:
     plugins = [*(arguments.get("plugins") or []), WholeCheckpoints()]
-    rest = {"default_root_dir": str(folder), "callbacks": callbacks, "logger": logger or False}
+    rest = {"default_root_dir": str(folder), "callbacks": callbacks, "logger": loggers or False}
     return instantiate({**arguments, "plugins": None}, plugins=plugins, **rest)
 
 
 @contextmanager
-def _logged(settings: TrainSettings, folder: Path) -> Iterator[Logger | None]:
-    """The logger, with every setting noted in it; one that has a `close` hears how it ended."""
+def _logged(settings: TrainSettings, folder: Path) -> Iterator[list[Logger]]:
+    """The logger, with every setting noted in it; one that has a `close` hears how it ended.
+
+    metrics.csv, from which reports are made, is written beside any other.
+    """
     if not settings.logger:
-        yield None
+        yield []
         return
-    runs.keep_metrics(folder)
-    logger: Logger = _build(
-        settings.logger, save_dir=str(folder), name="", version="", resume=settings.resume
-    )
+    runs.keep_metrics(folder, resumed=settings.resume is not None)
+    where = {"save_dir": str(folder), "name": "", "version": "", "resume": settings.resume}
+    logger: Logger = _build(settings.logger, **where)
+    loggers = [logger]
+    if not isinstance(logger, CSVLogger):
+        loggers.append(CSVLogger(folder, name="", version=""))
     close = getattr(logger, "close", lambda failed: None)
     try:
-        logger.log_hyperparams(json.loads(json.dumps(asdict(settings))))
-        yield logger
+        for one in loggers:
+            one.log_hyperparams(json.loads(json.dumps(asdict(settings))))
+        yield loggers
     except BaseException:
         close(failed=True)
         raise

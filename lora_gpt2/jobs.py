@@ -23,6 +23,8 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,7 +34,7 @@ from lora_gpt2.files import first_process, locked, read_json, write_json
 from lora_gpt2.settings import TrainSettings
 
 STATUS_FILE = "status.json"
-_SWEEP_FILE = "multirun.yaml"
+SWEEP_FILE = "multirun.yaml"
 """What Hydra leaves in a sweep's folder."""
 
 SEARCH_FILE = "search.journal"
@@ -119,7 +121,29 @@ class Job:
 def main() -> None:
     """What ``train.py`` is, and ``python -m lora_gpt2.jobs``."""
     gate.register()
-    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch)()
+    with gate.told_in_a_line("train"):
+        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch)()
+
+
+class SameSweep(Callback):
+    """Refuses a sweep over a folder of other jobs, before Hydra writes its settings there."""
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
+        begun = {path.parent.name: path.parent for path in folder.glob(f"*/{STATUS_FILE}")}
+        asked = _split(config.hydra) if begun else {}
+        try:
+            for name, place in begun.items():
+                if name not in asked:
+                    what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
+                    raise UserError(folder, what, "give another hydra.sweep.dir")
+                job = Job.read(place)
+                settings = gate.composed(asked[name]).decisive()
+                if job is not None and job.key != replace(job, settings=settings).key:
+                    raise UserError(place, "holds a job of other settings", "give another hydra.sweep.dir")
+        except (HydraException, UserError) as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(1) from None  # Hydra goes on behind any other exception of a callback
 
 
 def launch(cfg: DictConfig) -> float | None:
@@ -325,7 +349,9 @@ def adapters(folder: Path) -> dict[Path, Job]:
 
 def sweep_of(folder: Path) -> DictConfig:
     """What Hydra noted of a sweep. Raises UserError where the folder is none."""
-    path = folder / _SWEEP_FILE
+    path = folder / SWEEP_FILE
+    if (folder / SEARCH_FILE).is_file():
+        raise UserError(folder, "is a search, no sweep", "give the same lora-gpt2 sweep search again")
     if not path.is_file():
         raise UserError(path, "there is no such file", "give the folder of a sweep: outputs/sweeps/…")
     found = OmegaConf.load(path)
@@ -335,11 +361,15 @@ def sweep_of(folder: Path) -> DictConfig:
 
 def planned(folder: Path) -> dict[str, list[str]]:
     """The overrides of each job of a sweep or a search, in their order, by the names of their folders."""
-    if not (folder / _SWEEP_FILE).is_file():
+    if not (folder / SWEEP_FILE).is_file():
         return {name: _overrides(folder / name) for name in jobs(folder)}
+    return _split(sweep_of(folder).hydra)
+
+
+def _split(noted: DictConfig) -> dict[str, list[str]]:
+    """The overrides of each job by its number, from what Hydra has of a sweep."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    noted = sweep_of(folder).hydra
     given = [f"{name}={values}" for name, values in (noted.sweeper.params or {}).items()]
     batches = BasicSweeper.split_arguments(parsed([*given, *noted.overrides.task]), None)
     each = [overrides for batch in batches for overrides in batch]

@@ -1,5 +1,6 @@
 """A run's folder: what training leaves there, and how the next stage starts from it."""
 
+import csv
 import inspect
 import math
 import os
@@ -172,11 +173,28 @@ def checkpoint_file(resume: str | None) -> str | None:
 
 
 @rank_zero_only
-def keep_metrics(folder: Path) -> None:
-    """Moves an earlier run's metrics.csv out of the logger's way, which would delete it."""
+def keep_metrics(folder: Path, resumed: bool) -> None:
+    """Moves an earlier run's metrics.csv out of the logger's way, which would delete it.
+
+    `resumed`: it is of this very run. Else it, and what it had of its own, goes to earlier-*.csv.
+    """
     if (old := folder / "metrics.csv").is_file():
         count = len(list(folder.glob("metrics.*.csv")))
         old.rename(folder / f"metrics.{count + 1}.csv")
+    for other in [] if resumed else sorted(folder.glob("metrics.*.csv")):
+        count = len(list(folder.glob("earlier-*.csv")))
+        other.rename(folder / f"earlier-{count + 1}.csv")
+
+
+def logged(folder: Path, column: str) -> dict[float, float]:
+    """A column of metrics.csv by its steps, and before it that of the files of interrupted runs."""
+    earlier = sorted(folder.glob("metrics.*.csv"), key=lambda path: (len(path.name), path))
+    found: dict[float, float] = {}
+    for path in filter(Path.is_file, [*earlier, folder / "metrics.csv"]):
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = [(row.get("step"), row.get(column)) for row in csv.DictReader(file)]
+        found.update((float(step), float(value)) for step, value in rows if step and value)
+    return dict(sorted(found.items()))
 
 
 def keep_weights(

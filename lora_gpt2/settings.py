@@ -7,6 +7,8 @@ import difflib
 import inspect
 import json
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -15,7 +17,9 @@ from typing import Any, TypeVar, cast, get_origin, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import CompactHydraException, HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -250,11 +254,15 @@ def _open_mappings(schema: type) -> DictConfig:
 def composed(overrides: list[str]) -> TrainSettings:
     """The settings of ``python train.py OVERRIDES``. Raises UserError for overrides that are wrong."""
     register()
+    running = get_gh_backup()  # a script that Hydra has started may ask too
+    GlobalHydra.instance().clear()
     try:
         with initialize_config_module("configs", version_base="1.3"):
             return resolve(compose("train", overrides), TrainSettings)
     except HydraException as error:
         raise UserError("settings", str(error).strip(), "see python train.py --help") from None
+    finally:
+        restore_gh_from_backup(running)
 
 
 def resolve(cfg: DictConfig, schema: type[S]) -> S:
@@ -278,6 +286,43 @@ def user_errors() -> Iterator[None]:
         yield
     except (UserError, OmegaConfBaseException) as error:
         raise ConfigError(str(error)) from None
+
+
+_IN_A_LINE = "LORA_GPT2_IN_A_LINE"
+
+
+@contextmanager
+def told_in_a_line(script: str) -> Iterator[None]:
+    """Says what Hydra finds wrong with the command line of `script` in one line, and exits with 1.
+
+    Where HYDRA_FULL_ERROR is set, the whole traceback is shown, as Hydra does.
+    """
+    if os.environ.setdefault(_IN_A_LINE, "" if "HYDRA_FULL_ERROR" in os.environ else "1"):
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would tell it itself, in many
+    try:
+        yield
+    except HydraException as error:
+        if not os.environ[_IN_A_LINE]:
+            raise
+        print(_in_a_line(script, str(error).strip()), file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _in_a_line(script: str, told: str) -> str:
+    """Hydra's words for a key or an option that is none, as ours are."""
+    if found := re.match(r"Could not override '([^']+)'", told):
+        path, _, key = found[1].rpartition(".")
+        with initialize_config_module("configs", version_base="1.3"):
+            group = OmegaConf.select(compose(script), path) if path else compose(script)
+        known = [str(name) for name in group] if isinstance(group, DictConfig) else []
+        return f"{found[1]}: no such setting{_nearest(key, known, f'{path}.' if path else '')}"
+    if found := re.search(
+        r"Could not find '([^']+)'\s+Available options in '[^']+':\s+(.*)", told, re.DOTALL
+    ):
+        group, _, option = found[1].rpartition("/")
+        known = [name for name in found[2].split("Config search path")[0].split() if "schema" not in name]
+        return f"{group}: there is no {option}{_nearest(option, known, f'{group}=')}"
+    return told
 
 
 def _unknown_keys(cfg: Any, schema: Any, path: str = "") -> Iterator[str]:

@@ -24,10 +24,12 @@ def status(folder: SweepFolder) -> None:
     from lora_gpt2.reporting import sweep
 
     planned, found = jobs.planned(folder), jobs.jobs(folder)
+    of_all = set.intersection(*map(set, planned.values())) if len(planned) > 1 else set()
     lines = []
     for name, overrides in planned.items():
         told = found[name].told() if name in found else ["not begun"]
-        lines.append([name, " ".join(overrides), *told])
+        own = [one for one in overrides if one not in of_all and not one.startswith("+callbacks.pruning=")]
+        lines.append([name, " ".join(own), *told])
     sweep.states(lines)
     finished = sum(job.state is jobs.State.finished for job in found.values())
     typer.echo(f"{finished} of {len(planned)} are finished")
@@ -91,3 +93,9 @@ def table(
         typer.echo(json.dumps(sweep.as_json(found), indent=2))
     else:
         sweep.table(found)
+        others = sorted(sweep.INPUTS.intersection(*[point.settings for point in found]))
+        if others:
+            typer.echo(f"not all were scored on the same inputs: they differ in {', '.join(others)}")
+        planned = len(jobs.planned(folder)) if (folder / jobs.SWEEP_FILE).is_file() else 0
+        if (done := sum(job.state is jobs.State.finished for job in jobs.jobs(folder).values())) < planned:
+            typer.echo(f"{done} of {planned} are finished")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import cli
+from tests.conftest import cli, script
 
 
 @pytest.fixture
@@ -93,3 +93,23 @@ def test_the_demonstration_improves_every_score(tmp_path):
     assert all(after[name] > before[name] for name in ("nist", "rouge_l", "cider"))
     again = cli("demo", "--output", tmp_path)
     assert "is there already" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("train", "lora.ranks=1", "lora.ranks: no such setting, did you mean lora.rank?"),
+        ("train", "serd=1", "serd: no such setting, did you mean seed?"),
+        ("train", "logger=wnadb", "logger: there is no wnadb, did you mean logger=wandb?"),
+        ("generate", "decoding.beam=1", "decoding.beam: no such setting, did you mean decoding.beam_size?"),
+        ("train", "score=none", "score must be train, valid or test, or null, not none"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_a_line(name, override, message):
+    done = script(name, override)
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()
+    assert line.startswith(message)
+    assert "Traceback" not in done.stderr
+    assert "HYDRA_FULL_ERROR" not in done.stderr
+    assert "Traceback" in script(name, override, HYDRA_FULL_ERROR="1").stderr

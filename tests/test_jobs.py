@@ -244,3 +244,21 @@ def test_figures_that_are_not_finite_are_none(swept, tmp_path):
     assert "bleu" not in found
     assert "nist" in found
     assert sweep.deciding([found, {"bleu": 1.0, "valid_loss": 2.0}]) == "valid_loss"
+
+
+def test_a_refused_sweep_leaves_no_trace(tmp_path, settings, main):
+    asked = ["-m", "lora=qv", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
+    for number, seed in enumerate((1, 2)):
+        (tmp_path / str(number)).mkdir()
+        jobs.run(settings_of("train", ["lora=qv", f"seed={seed}"]), tmp_path / str(number), Work(), once=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for more, message in (
+        (["lora.rank=2"], "0: holds a job of other settings; give another hydra.sweep.dir"),
+        (["score=none"], "score must be train, valid or test, or null, not none"),
+        (["seed=1"], "holds 2 jobs, and this sweep has 1"),
+    ):
+        code, said = main(jobs.main, *asked, *more)
+        assert code == 1
+        assert message in said
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert main(jobs.main, *asked)[0] == 0, "the same again is none of this"

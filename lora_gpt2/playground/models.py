@@ -100,23 +100,33 @@ class Playground:
     def _understood(self, asked: Any) -> tuple[str, GPT2LMModel, dict[str, float]]:
         if not isinstance(asked, dict):
             raise UserError("request", "is no JSON object", 'send {"input": …, "adapter": …}')
-        text, name, given = (asked.get(key) for key in ("input", "adapter", "decoding"))
+        keys = "input", "adapter", "decoding"
+        if unknown := sorted(set(asked) - set(keys)):
+            raise UserError(f"request.{unknown[0]}", "is not known", f"use {', '.join(keys)}")
+        text, name, given = (asked.get(key) for key in keys)
         if not isinstance(text, str) or not text.strip():
             raise UserError("input", "a text was expected", "write what the text is to say")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise UserError("input", "holds half of a character (a lone surrogate)", "remove it")
         if not isinstance(name, str) or name not in self.models:
-            raise UserError("adapter", "is none of those here", f"choose {', '.join(self.models)}")
+            known = ", ".join(f'"{model}"' for model in self.models)
+            raise UserError("adapter", "is none of those here", f"choose {known}")
         given = {} if given is None else given
-        if not isinstance(given, dict):
-            raise UserError("decoding", "settings by their names were expected", "e.g. {beam_size: 4}")
-        for setting, value in given.items():
-            if setting not in CHOICES:
-                raise UserError("decoding", "has a setting that is none", f"use {', '.join(CHOICES)}")
-            least, most = CHOICES[setting]
-            if type(value) not in (int, float) or not least <= value <= most:
-                raise UserError(f"decoding.{setting}", "is out of range", f"use {least} to {most}")
+        _check_choices(given)
         return text.strip(), self.models[name], given
+
+
+def _check_choices(given: Any) -> None:
+    if not isinstance(given, dict):
+        raise UserError("decoding", "settings by their names were expected", "e.g. {beam_size: 4}")
+    for setting, value in given.items():
+        if setting not in CHOICES:
+            raise UserError("decoding", "has a setting that is none", f"use {', '.join(CHOICES)}")
+        least, most = CHOICES[setting]
+        if type(value) not in (int, float):
+            raise UserError(f"decoding.{setting}", "is no number", f"use {least} to {most}")
+        if not least <= value <= most:
+            raise UserError(f"decoding.{setting}", "is out of range", f"use {least} to {most}")
 
 
 def open_playground(
@@ -157,6 +167,9 @@ def _named(sources: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for source in sources:
         places = jobs.adapters(Path(source)) if Path(source).is_dir() else {}
+        own = jobs.Job.read(Path(source)) if not places and Path(source).is_dir() else None
+        if own is not None:
+            raise UserError(source, f"its job is {own.told()[0]}", "serve one that is finished")
         names = sweep.names({place: job.settings for place, job in places.items()})
         each = {name: str(place) for place, name in names.items()} or {Path(source).name: source}
         for name, place in each.items():

@@ -1,11 +1,10 @@
 """One page about a run or a sweep: what was run, how good it is, how sure that is, what it writes."""
 
-import csv
 import difflib
 import json
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from lora_gpt2 import conversion, jobs, settings
+from lora_gpt2 import conversion, jobs, runs, settings
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation import significance, text_files
 from lora_gpt2.evaluation.rouge_cider import rouge_l
@@ -23,12 +22,14 @@ from lora_gpt2.files import read_json, write_text
 from lora_gpt2.jobs import Job
 from lora_gpt2.report import coverage, pictures
 from lora_gpt2.reporting import sweep
-from lora_gpt2.runs import PROVENANCE_FILE
 from lora_gpt2.weights.adapter import holds_adapter
 from lora_gpt2.weights.analysis import analyse
 
 _SHOWN = 5
 """So many of the best and of the worst predictions."""
+
+_SURE = 0.05
+"""Above this p-value a run may be as good as the best."""
 
 _BETWEEN = 300.0
 """No job of a sweep may run for so many seconds before the sweep counts as over."""
@@ -71,22 +72,26 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
     `refresh`: seconds after which a browser loads the page again. Raises UserError for a folder without jobs,
     and for a baseline that was not scored on the same inputs.
     """
-    listed = jobs.jobs(folder)
-    entries = _entries(folder)
-    compared = _compare(entries, baseline)
+    listed = {_place(folder, name): job for name, job in jobs.jobs(folder).items()}
+    names = _names(folder, listed)
+    entries = _entries(folder, names)
+    compared, apart = _compare(entries, baseline)
     running = any(job.alive for job in listed.values()) or _between(folder, listed)
     text = _template().render(
         title=folder.resolve().name,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         refresh=refresh if running else None,
-        jobs={name: job.told() for name, job in listed.items()},
+        jobs=[(place.name, names[place], *job.told()) for place, job in listed.items()],
         differences=_differences([job.settings for job in listed.values()]),
         entries=entries,
         metrics=_metrics(entries),
         compared=compared,
+        apart=apart,
+        best=_best(entries) if compared is not None and baseline is None else None,
+        seeds=_over_seeds(entries),
         resamples=significance.RESAMPLES,
         papers=_papers(entries),
-        pictures=_pictures(folder, listed, entries),
+        pictures=_pictures({names[place]: place for place in listed}, entries),
         best_and_worst=_best_and_worst(entries[0]) if entries else {},
         coverage=_coverage(entries[0]) if entries else None,
         shown=entries[0].name if entries else "",
@@ -96,7 +101,18 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
     return running
 
 
-def _between(folder: Path, listed: Mapping[str, Job]) -> bool:
+def _place(folder: Path, name: str) -> Path:
+    """Of a job that is known by its name; a run is its only one."""
+    return folder / name if (folder / name).is_dir() else folder
+
+
+def _names(folder: Path, listed: Mapping[Path, Job]) -> dict[Path, str]:
+    """One name for each job and each adapter, by which all parts of the page call it."""
+    every = {**listed, **jobs.adapters(folder)}
+    return sweep.names({place: job.settings for place, job in every.items()})
+
+
+def _between(folder: Path, listed: Mapping[Path, Job]) -> bool:
     """Whether a sweep that has jobs to begin was at work a moment ago."""
     if (folder / jobs.STATUS_FILE).is_file():
         return False
@@ -106,7 +122,7 @@ def _between(folder: Path, listed: Mapping[str, Job]) -> bool:
 
 def figures(folder: Path) -> dict[str, list[Any]]:
     """What is finished, the best first, column by column: its name, rank and alpha, and its scores."""
-    entries = _entries(folder)
+    entries = _entries(folder, _names(folder, {}))
     chosen = {
         name: [entry.job.settings.get(name) for entry in entries] for name in ("lora.rank", "lora.alpha")
     }
@@ -124,45 +140,80 @@ def _template() -> jinja2.Template:
     return environment.get_template("page.html")
 
 
-def _entries(folder: Path) -> list[Entry]:
-    """What is finished, the best first."""
-    finished = jobs.adapters(folder)
-    names = sweep.names({place: job.settings for place, job in finished.items()})
+def _entries(folder: Path, names: Mapping[Path, str]) -> list[Entry]:
+    """What is finished, the best first; of equals that of the lower validation loss."""
     found = [
         Entry(names[place], place, job, sweep.metrics(place), Texts.of(place))
-        for place, job in finished.items()
+        for place, job in jobs.adapters(folder).items()
     ]
     by = sweep.deciding([entry.values for entry in found]) or sweep.LOSS
     sign = 1 if by in sweep.FALLING else -1
-    return sorted(found, key=lambda entry: sign * entry.values.get(by, float("inf") * sign))
+
+    def place(entry: Entry) -> tuple[float, float]:
+        inf = float("inf")
+        return sign * entry.values.get(by, inf * sign), entry.values.get(sweep.LOSS, inf)
+
+    return sorted(found, key=place)
 
 
-def _compare(entries: Sequence[Entry], baseline: Path | None) -> str | None:
-    """Fills in intervals and p-values; returns what all are compared to: `baseline`, else the best."""
+def _best(entries: Sequence[Entry]) -> dict[str, Any]:
+    """By what the first is the best, over how many inputs, and which others may be as good."""
+    first, by = entries[0], sweep.deciding([entry.values for entry in entries]) or sweep.LOSS
+    close = [one.name for one in entries[1:] if one.p_values.get(by, 0.0) > _SURE]
+    told = "" if first.texts is None else f"{len(first.texts.predictions):,} inputs"
+    split = first.job.settings.get("score") or "scored"
+    return {"name": first.name, "by": by, "over": f"{told} of the {split} split", "close": close}
+
+
+def _over_seeds(entries: Sequence[Entry]) -> list[sweep.Point]:
+    """Means over seeds, where there are several of some setting."""
+    found = sweep.points({entry.folder: entry.job.settings for entry in entries}) if entries else []
+    return found if any(point.runs > 1 for point in found) else []
+
+
+def _compare(entries: Sequence[Entry], baseline: Path | None) -> tuple[str | None, list[str]]:
+    """Fills in intervals and p-values.
+
+    Returns what all are compared to, `baseline` or else the best, and those that were scored on other inputs.
+    """
     scored = [entry for entry in entries if entry.texts]
     if not scored:
-        return None
+        return None, []
     against = Texts.of(baseline) if baseline is not None else None
+    if baseline is not None and not baseline.is_dir():
+        raise UserError("--baseline", f"{baseline}: there is no such folder", "give that of a scored run")
     if baseline is not None and against is None:
         raise UserError("--baseline", f"{baseline} holds no hypotheses.txt", "decode and score it first")
     first = against or scored[0].texts
     assert first is not None
     alike = [entry for entry in scored if entry.texts and entry.texts.references == first.references]
+    others = [entry for entry in scored if entry not in alike]
     if against is not None and not alike:
         what = f"{baseline} was scored on other inputs than {scored[0].folder}"
         raise UserError("--baseline", what, "decode both with the same data, split and limit")
-    systems = [entry.texts.predictions for entry in alike if entry.texts]
+    _fill_in(alike, first.references, against)
+    for entry in others:
+        assert entry.texts is not None
+        _fill_in([entry], entry.texts.references)
+    compared = str(baseline) if baseline is not None else (scored[0].name if len(alike) > 1 else None)
+    return compared, [entry.name for entry in others]
+
+
+def _fill_in(
+    entries: Sequence[Entry], references: Sequence[Sequence[str]], against: Texts | None = None
+) -> None:
+    """Intervals, and p-values against `against` or the first, of what was scored on the same inputs."""
+    systems = [entry.texts.predictions for entry in entries if entry.texts]
     if against is not None:
         systems.append(against.predictions)
-    of_webnlg = "ter" in scored[0].values  # E2E has no TER, whatever the settings call the corpus
-    found = (webnlg_statistics if of_webnlg else e2e_statistics)(systems, first.references)
+    of_webnlg = "ter" in entries[0].values  # E2E has no TER, whatever the settings call the corpus
+    found = (webnlg_statistics if of_webnlg else e2e_statistics)(systems, references)
     reference = found[-1] if against is not None else found[0]
-    for entry, of_each in zip(alike, found, strict=False):
+    for entry, of_each in zip(entries, found, strict=False):
         for metric, one in of_each.items():
             entry.intervals[metric] = significance.interval(significance.resampled(one))
             if metric in reference and one is not reference[metric]:
                 entry.p_values[metric] = significance.p_value(one, reference[metric])
-    return str(baseline) if baseline is not None else (scored[0].name if len(alike) > 1 else None)
 
 
 def _differences(of_each: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
@@ -188,16 +239,16 @@ def _papers(entries: Sequence[Entry]) -> dict[int, dict[str, float]]:
     return {rank: values for rank, values in sweep.TABLE_18.items() if rank in ranks}
 
 
-def _pictures(folder: Path, listed: Mapping[str, Job], entries: Sequence[Entry]) -> list[tuple[str, str]]:
+def _pictures(places: Mapping[str, Path], entries: Sequence[Entry]) -> list[tuple[str, str]]:
     """Titles and pictures."""
     found = []
-    places = {name: folder / name if (folder / name).is_dir() else folder for name in listed}
     for column, title in {
         "train/loss": "Training loss",
         "valid/loss": "Validation loss",
         "valid/bleu": "BLEU on validation inputs while training",
     }.items():
-        lines = {name: line for name, place in places.items() if (line := _course(place, column))[0]}
+        logged = {name: runs.logged(place, column) for name, place in places.items()}
+        lines = {name: (list(one), list(one.values())) for name, one in logged.items() if one}
         if lines:
             found.append((title, pictures.curves(lines, "step", column)))
     by = sweep.deciding([entry.values for entry in entries])
@@ -221,17 +272,6 @@ def _of_sweep(entries: Sequence[Entry], by: str) -> list[tuple[str, str]]:
     falling = by in sweep.FALLING
     found.append((f"{by} by parameters", pictures.front(points, "trained parameters", by, falling)))
     return found
-
-
-def _course(place: Path, column: str) -> pictures.Line:
-    """Steps and values of a column of metrics.csv, and before it of the files of interrupted runs."""
-    earlier = sorted(place.glob("metrics.*.csv"), key=lambda path: (len(path.name), path))
-    pairs: dict[float, float] = {}
-    for path in filter(Path.is_file, [*earlier, place / "metrics.csv"]):
-        with open(path, encoding="utf-8", newline="") as file:
-            rows = [(row.get("step"), row.get(column)) for row in csv.DictReader(file)]
-        pairs.update((float(step), float(value)) for step, value in rows if step and value)
-    return sorted(pairs), [pairs[step] for step in sorted(pairs)]
 
 
 def _spectra(folder: Path) -> str:
@@ -310,10 +350,12 @@ def _coverage(entry: Entry) -> dict[str, Any] | None:
     }
 
 
-def _repeat(folder: Path, listed: Mapping[str, Job]) -> dict[str, str]:
+def _repeat(folder: Path, listed: Iterable[Path]) -> dict[str, str]:
     """What is needed to do it again."""
-    places = [folder, *(folder / name for name in listed)]
-    path = next((place / PROVENANCE_FILE for place in places if (place / PROVENANCE_FILE).is_file()), None)
+    places = [folder, *listed]
+    path = next(
+        (place / runs.PROVENANCE_FILE for place in places if (place / runs.PROVENANCE_FILE).is_file()), None
+    )
     if path is None:
         return {}
     held = read_json(path, "train again to have it written")

@@ -20,6 +20,9 @@ LOSS = "valid_loss"
 FALLING = (LOSS, "ter")
 """The metrics of which less is better."""
 
+INPUTS = {"data.corpus", "data.root", "data.seq_len", "score", "limit"}
+"""Settings by which runs are scored on other inputs."""
+
 TABLE_18: dict[int, dict[str, float]] = {
     rank: dict(zip((LOSS, "bleu", "nist", "meteor", "rouge_l", "cider"), values, strict=True))
     for rank, values in {

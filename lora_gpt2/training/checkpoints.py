@@ -54,7 +54,7 @@ class SaveWhenStopped(Callback):
         self.folder = Path(dirpath)
         self._told: int | None = None
         self._before: dict[int, Any] = {}
-        self._step = 0
+        self._step, self._saved = 0, False
         self._agreed: Callable[[int], int] = lambda told: told
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,6 +71,19 @@ class SaveWhenStopped(Callback):
             self._agreed = agreed
         with contextlib.suppress(ValueError):  # not in the main thread: the signals are another's
             self._before = {number: signal.signal(number, self._tell) for number in SIGNALS}
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._saved = True
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._saved:  # its step is logged only behind it, and a resumed run would not log it again
+            self._saved = False
+            for logger in trainer.loggers:
+                logger.save()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -71,7 +71,7 @@ def test_inputs_to_pick_are_those_of_the_validation(run, playground):
         ({"input": "x", "adapter": "adapter", "decoding": {"precision": 1}}, "has a setting that is none"),
         ({"input": "x", "adapter": "adapter", "decoding": {"beam_size": 33}}, "beam_size: is out of range"),
         ({"input": "x", "adapter": "adapter", "decoding": {"beam_size": 10**30}}, "is out of range"),
-        ({"input": "x", "adapter": "adapter", "decoding": {"beam_size": True}}, "is out of range"),
+        ({"input": "x", "adapter": "adapter", "decoding": {"beam_size": True}}, "is no number"),
         ({"input": "x", "adapter": "adapter", "decoding": {"beam_size": 1.5}}, "decoding: "),
         ({"input": "x", "adapter": "adapter", "decoding": {"length_penalty": float("nan")}}, "out of range"),
         ({"input": "x " * 99, "adapter": "adapter"}, "exceed the model's 64 positions"),

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from lora_gpt2 import jobs
+from lora_gpt2 import jobs, runs
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation.scorer import score_by_part, scores_as_dict
 from lora_gpt2.files import write_json
@@ -31,6 +31,8 @@ def test_the_page_of_a_sweep(tmp_path, swept):
         assert f"{scores['bleu']:.4f}" in plain
         assert f"{scores['nist']:.4f}" in plain
     assert "rank 1" in plain
+    assert plain.count('<td class="long">rank 2</td>') == 1, "jobs have the names that pictures have"
+    assert re.search(r"Best by bleu over \d inputs of the valid split: <b>rank [12]</b>", plain)
     assert "<td>lora.rank</td>" in plain
     for title in (
         "Training loss",
@@ -104,11 +106,28 @@ def test_intervals_are_of_the_metrics_that_were_scored(tmp_path, swept):
     by_part = score_by_part(texts.predictions, texts.references, parts)
     scores = {part: scores_as_dict(values, texts.references) for part, values in by_part.items()}
     write_json(folder / "scores.json", scores)
-    (entry,) = page._entries(folder)
+    (entry,) = page._entries(folder, {folder: "0"})
     page._compare([entry], None)
     assert {"bleu", "ter", "chrf"} <= entry.intervals.keys()
     for metric, (low, high) in entry.intervals.items():
         assert low <= entry.values[metric] <= high, metric
+
+
+@pytest.mark.usefixtures("_without_meteor")
+def test_seeds_are_put_together_and_other_inputs_told_apart(tmp_path, swept):
+    for name, source, seed, limit in (("0", "0", 1, None), ("1", "1", 2, None), ("2", "0", 1, 3)):
+        shutil.copytree(swept / source, tmp_path / name)
+        status = json.loads((tmp_path / name / "status.json").read_text())
+        status["settings"].update({"seed": seed, "lora.rank": 2, "limit": limit})
+        write_json(tmp_path / name / "status.json", status)
+    for name, end in (("references", "\n"), ("contexts", ""), ("hypotheses", "")):
+        with open(tmp_path / "2" / f"{name}.txt", "a") as file:
+            file.write(f"more\n{end}")
+    page.write(tmp_path, tmp_path / "report.html")
+    text = html.unescape((tmp_path / "report.html").read_text())
+    assert "Over seeds" in text
+    assert re.search(r"<td>2</td>\s*<td>\d\.\d{4} ± \d\.\d{4}</td>", text)
+    assert re.search(r"Scored on other inputs, and so not compared: [^;<]*limit", text)
 
 
 def test_curves_go_back_before_an_interruption(tmp_path):
@@ -120,8 +139,8 @@ def test_curves_go_back_before_an_interruption(tmp_path):
     for name, values in rows.items():
         lines = "".join(f"{step},{value}\n" for step, value in values)
         (tmp_path / name).write_text("step,train/loss\n" + lines)
-    assert page._course(tmp_path, "train/loss") == ([1, 2, 3, 4], [4.0, 3.5, 2.0, 1.0])
-    assert page._course(tmp_path / "none", "train/loss") == ([], [])
+    assert runs.logged(tmp_path, "train/loss") == {1: 4.0, 2: 3.5, 3: 2.0, 4: 1.0}
+    assert runs.logged(tmp_path / "none", "train/loss") == {}
 
 
 def test_settings_in_which_jobs_differ_come_first():

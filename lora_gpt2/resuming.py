@@ -1,0 +1,110 @@
+"""Whether an interrupted training ends in the numbers of one that was not: tried out, on any settings."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+from lora_gpt2 import jobs, runs
+from lora_gpt2.errors import UserError
+from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE
+
+KILLS = signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+"""How a run is interrupted, each as often as the others; the first two leave it no time for anything."""
+
+_COLUMN = "train/loss"
+
+
+@dataclass
+class Verified:
+    """What was tried and what came of it."""
+
+    seconds: float
+    """Of the run that nobody interrupted."""
+    steps: int = 0
+    """Optimizer steps of it."""
+    kills: dict[str, int] = field(default_factory=dict)
+    """How often each signal was sent."""
+    resumed: int = 0
+    """How often a run went on from a checkpoint; else it had none yet, and began anew."""
+    finished: int = 0
+    """Runs that came to their end in spite of it."""
+    differences: list[str] = field(default_factory=list)
+    """Where they are not what the first one is, to the bit."""
+    missing: int = 0
+    """Logged steps that are in no file: between a checkpoint and the next step a kill may lose one."""
+
+
+def verify(overrides: Sequence[str], folder: Path, kills: int, seed: int = 0) -> Verified:
+    """Trains once undisturbed, then again and again with `kills` interruptions in all, at random moments.
+
+    `overrides` as for train.py; each run is a process group of its own, killed as a whole, as by a machine
+    that restarts. Compares losses of all steps, and the bytes of the weights.
+    Raises UserError for a folder that is not empty, and where the undisturbed run fails.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(folder, "is not empty", "give another folder")
+    random, command = Random(seed), [*overrides, "trainer.log_every_n_steps=1"]
+    start, whole = monotonic(), folder / "whole"
+    if code := _start(command, whole).wait():
+        raise UserError(whole, f"the undisturbed run ended with exit code {code}", "see what it said above")
+    found = Verified(seconds=monotonic() - start)
+    expected = runs.logged(whole, _COLUMN)
+    found.steps = len(expected)
+    while sum(found.kills.values()) < kills:
+        place = folder / f"broken-{found.finished}"
+        while _interrupted(command, place, found, random, kills):
+            pass
+        found.finished += 1
+        _compare(whole, place, found)
+    return found
+
+
+def _start(command: Sequence[str], place: Path) -> "subprocess.Popen[bytes]":
+    place.mkdir(parents=True, exist_ok=True)
+    said = open(place / "said.txt", "ab")  # noqa: SIM115  (the process keeps it)
+    with said:
+        return subprocess.Popen(
+            jobs.command(command, place), stdout=said, stderr=said, start_new_session=True
+        )
+
+
+def _interrupted(command: Sequence[str], place: Path, found: Verified, random: Random, kills: int) -> bool:
+    """Begins or goes on; returns whether the run was cut short."""
+    begun = (place / "checkpoints" / "last.ckpt").is_file()
+    found.resumed += begun
+    resume = [f"resume={jobs.quoted(place)}"] if begun else []
+    process = _start([*command, *resume], place)
+    enough = sum(found.kills.values()) >= kills
+    try:
+        code = process.wait(None if enough else random.uniform(0, found.seconds))
+    except subprocess.TimeoutExpired:
+        how = random.choice(KILLS)
+        found.kills[how.name] = found.kills.get(how.name, 0) + 1
+        if how is signal.SIGKILL:
+            os.killpg(process.pid, how)
+        else:
+            process.send_signal(how)
+        process.wait()
+        return True
+    if code:
+        raise UserError(place / "said.txt", f"a run ended with exit code {code}", "see what it said")
+    return False
+
+
+def _compare(whole: Path, place: Path, found: Verified) -> None:
+    expected, got = runs.logged(whole, _COLUMN), runs.logged(place, _COLUMN)
+    found.missing += len(expected.keys() - got.keys())
+    found.differences += [
+        f"{place.name}: step {step:g} has the loss {value!r}, not {expected.get(step)!r}"
+        for step, value in got.items()
+        if value != expected.get(step)
+    ]
+    names = [name for name in (ADAPTER_FILE, MODEL_FILE) if (whole / name).is_file()]
+    for name in names:
+        if (place / name).read_bytes() != (whole / name).read_bytes():
+            found.differences.append(f"{place.name}: {name} has other bytes")
