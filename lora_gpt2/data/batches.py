@@ -1,7 +1,6 @@
 """Rows to batches: dynamic padding, length buckets, a fair share for each rank.  B rows, T tokens."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from lora_gpt2.data.jsonl import Row
+from lora_gpt2.data.table import RowTable
 from lora_gpt2.errors import UserError
 
 PAD = 0
@@ -66,7 +66,7 @@ class Batch(NamedTuple):
 
 
 class EncodedRows(Dataset[Batch]):
-    """All rows of a split in flat arrays, indexed by lists of row numbers: one index, one batch.
+    """All rows of a split, indexed by lists of row numbers: one index, one batch.
 
     `seq_len` cuts rows (context and completion together); ``cut`` counts those that lost tokens and
     ``lost`` those of them that kept no completion token.
@@ -74,7 +74,7 @@ class EncodedRows(Dataset[Batch]):
 
     def __init__(
         self,
-        rows: Iterable[Row],
+        rows: RowTable | Iterable[Row],
         seq_len: int,
         every_token: bool = False,
         packed: bool = False,
@@ -85,31 +85,21 @@ class EncodedRows(Dataset[Batch]):
         T is padded to a `multiple`, up to `seq_len` - 1.
         """
         self.every_token, self.seq_len, self.packed, self.multiple = every_token, seq_len, packed, multiple
-        self.cut = self.lost = 0
-        tokens: list[int] = []
-        ends, contexts = [0], []
-        for row in rows:
-            ids = row.context + row.completion
-            self.cut += len(ids) > seq_len
-            self.lost += len(row.context) >= seq_len
-            tokens.extend(ids[:seq_len])
-            ends.append(len(tokens))
-            contexts.append(min(len(row.context), seq_len))
-        self.tokens = torch.tensor(tokens, dtype=torch.int32)
-        self.ends = torch.tensor(ends)
-        self.contexts = torch.tensor(contexts)
+        table = rows if isinstance(rows, RowTable) else RowTable.of(rows)
+        self.tokens, whole, contexts = table
+        self.cut = int((whole > seq_len).sum())
+        self.lost = int((contexts >= seq_len).sum())
+        self.starts = whole.cumsum(0) - whole
+        self.lengths = whole.clamp(max=seq_len)
+        """(rows,) tokens of each row after cutting."""
+        self.contexts = contexts.clamp(max=seq_len)
 
     def __len__(self) -> int:
         return len(self.contexts)
 
-    @property
-    def lengths(self) -> Tensor:
-        """(rows,) tokens of each row after cutting."""
-        return self.ends.diff()
-
     def __getitem__(self, rows: Sequence[int]) -> Batch:
         index = torch.as_tensor(rows)
-        starts, lengths = self.ends[index], self.lengths[index]
+        starts, lengths = self.starts[index], self.lengths[index]
         width = _rounded_up(int(lengths.max()) - 1, self.multiple, self.seq_len - 1)
         columns = torch.arange(width + 1)
         real = columns < lengths[:, None]  # (B, T + 1)
@@ -154,9 +144,8 @@ class LengthBuckets(Sampler[list[int]]):
         self.lengths, self.batch_size, self.shuffle = lengths, batch_size, shuffle
         self.seed, self.bucket, self.rank, self.ranks = seed, bucket, rank, ranks
         self.skip, self.epoch = skip, 0
-        rows, batches = len(lengths), -(-len(lengths) // batch_size)
-        self.bounds = [i * rows // batches for i in range(batches + 1)] if rows else [0]
-        fewest = min((b - a for a, b in pairwise(self.bounds)), default=0)
+        self.batches = -(-len(lengths) // batch_size)
+        fewest = len(lengths) // max(1, self.batches)
         if fewest < ranks:
             what = f"a batch of {fewest} rows is too small for {ranks} devices"
             key = "data.batch_size" if shuffle else "data.eval_batch_size"
@@ -166,21 +155,22 @@ class LengthBuckets(Sampler[list[int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(b - a > self.rank for a, b in pairwise(self.bounds))
+        return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        for batch in self._batches()[self.skip() :]:
-            if own := batch[self.rank :: self.ranks]:
-                yield own
+        order, turns = self._order()
+        for turn in turns[self.skip() :]:
+            start, end = (int(i) * len(order) // self.batches for i in (turn, turn + 1))
+            yield order[start:end][self.rank :: self.ranks].tolist()
 
-    def _batches(self) -> list[list[int]]:
+    def _order(self) -> tuple[Tensor, Tensor]:
+        """The rows as they are cut into batches, and the batches in their turn."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         if not self.shuffle:
             order = torch.sort(self.lengths, descending=True, stable=True).indices
-            return [order[a:b].tolist() for a, b in pairwise(self.bounds)]
+            return order, torch.arange(self.batches)
         order = torch.randperm(len(self.lengths), generator=generator)
         if self.bucket:
             parts = torch.split(order, self.bucket * self.batch_size)
             order = torch.cat([part[self.lengths[part].sort(stable=True).indices] for part in parts])
-        batches = [order[a:b].tolist() for a, b in pairwise(self.bounds)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        return order, torch.randperm(self.batches, generator=generator)

@@ -12,6 +12,7 @@ from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
 from lora_gpt2.data.config import DataSettings, Objective
 from lora_gpt2.data.encode import encoded
 from lora_gpt2.data.jsonl import Row, read_rows
+from lora_gpt2.data.table import read_table
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import read_json
@@ -41,17 +42,18 @@ class DataToText(LightningDataModule):
     def rows(self, split: str, positions: int) -> Iterator[Row]:
         """The rows of a split. Raises UserError for one whose context leaves no position for an answer."""
         path = self.folder / f"{split}.jsonl"
-        for line, row in enumerate(read_rows(path, self.tokenizer.vocab_size), start=1):
-            if len(row.context) >= positions:
-                what = f"a context of {len(row.context)} tokens does not fit {positions} positions"
-                raise UserError(f"{path}:{line}", what, "remove the row or use a model with more positions")
+        for number, row in enumerate(read_rows(path, self.tokenizer.vocab_size)):
+            _check_context(path, number, len(row.context), positions)
             yield row
 
     def split(self, name: str, positions: int) -> EncodedRows:
         every_token = self.settings.objective is Objective.jlm
         packed = self.settings.pack and name == "train"
-        rows, multiple = self.rows(name, positions), self.settings.pad_multiple
-        return EncodedRows(rows, self.settings.seq_len, every_token, packed, multiple)
+        path = self.folder / f"{name}.jsonl"
+        table = read_table(path, self.tokenizer.vocab_size, Path(self.settings.cache).expanduser())
+        for number in (table.contexts >= positions).nonzero()[:1].flatten().tolist():
+            _check_context(path, number, int(table.contexts[number]), positions)
+        return EncodedRows(table, self.settings.seq_len, every_token, packed, self.settings.pad_multiple)
 
     def load(self, positions: int) -> None:
         """Reads the splits that training needs. Raises UserError for any row that cannot be used."""
@@ -96,3 +98,9 @@ class DataToText(LightningDataModule):
     def _served(self) -> int:
         """Batches of this epoch that were trained on, before the run was resumed."""
         return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready if self.trainer else 0
+
+
+def _check_context(path: Path, number: int, tokens: int, positions: int) -> None:
+    if tokens >= positions:
+        what = f"a context of {tokens} tokens does not fit {positions} positions"
+        raise UserError(f"{path}:{number + 1}", what, "remove the row or use a model with more positions")
