@@ -51,7 +51,8 @@ def verify(overrides: Sequence[str], folder: Path, kills: int, seed: int = 0) ->
     random, command = Random(seed), [*overrides, "trainer.log_every_n_steps=1"]
     start, whole = monotonic(), folder / "whole"
     if code := _start(command, whole).wait():
-        raise UserError(whole, f"the undisturbed run ended with exit code {code}", "see what it said above")
+        what = f"the undisturbed run ended with exit code {code}"
+        raise UserError(whole / "said.txt", what, "see what it said")
     found = Verified(seconds=monotonic() - start)
     expected = runs.logged(whole, _COLUMN)
     found.steps = len(expected)

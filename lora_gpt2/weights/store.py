@@ -164,7 +164,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(path, "there is no such file", "give a file of weights")
-    if zipfile.is_zipfile(path) and (fault := _archive_fault(path)):
+    if fault := _archive_fault(path):
         raise UserError(path, fault, "take another copy, or write it again")
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -183,11 +183,14 @@ def read_pickle(path: Path) -> dict[str, Any]:
 
 
 def _archive_fault(path: Path) -> str:
-    """What is wrong with a file of torch.save by its own checksums; "" where nothing is.
+    """What is wrong with a file of torch.save by its own checksums; "" where nothing is, or it has none.
 
     Compressed parts are refused: torch writes none, and a small one may grow to any size.
     """
     try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":
+                return ""
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                 return "has compressed parts, which torch does not write"

@@ -1,0 +1,46 @@
+"""`lora-gpt2 verify-resume` sees what is the same, and what is not."""
+
+import re
+
+import pytest
+import torch
+from lightning import Callback
+
+from tests.conftest import cli
+
+SLOWER = ["trainer.max_epochs=8", "lora=qv", "callbacks.last.every_n_train_steps=3"]
+
+
+class Forgetful(Callback):
+    """Changes weights by what no checkpoint holds: how often this process has trained."""
+
+    def __init__(self) -> None:
+        self.trained = 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trained += 1
+        with torch.no_grad():
+            next(one for one in pl_module.parameters() if one.requires_grad).add_(1e-3 * self.trained)
+
+
+@pytest.mark.slow
+def test_kills_change_nothing(tmp_path, tiny):
+    done = cli("verify-resume", *tiny, *SLOWER, "--kills", 6, "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"48 steps in \d+ s undisturbed; .* times resumed, .* 0 differences", done.stdout)
+    assert sum(map(int, re.findall(r"(\d+) SIG", done.stdout))) == 6
+    assert "is not empty" in cli("verify-resume", *tiny, "-o", tmp_path / "out").stderr
+
+
+@pytest.mark.slow
+def test_a_callback_that_forgets_is_found(tmp_path, tiny):
+    forgets = "+callbacks.forgets={_target_: tests.test_resuming.Forgetful}"
+    done = cli("verify-resume", *tiny, *SLOWER, forgets, "--kills", 8, "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert re.search(r"(step \d+ has the loss .*, not|has other bytes)", done.stderr)
+
+
+def test_a_training_that_fails_by_itself_is_told(tmp_path, tiny):
+    done = cli("verify-resume", *tiny, "lora.rank=-1", "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert "the undisturbed run ended with exit code 1; see what it said" in done.stderr
