@@ -24,7 +24,7 @@ LAYERS = [
     {"costs"},
     {"experiment", "conversion", "plan"},
     {"demo", "jobs"},
-    {"search", "report"},
+    {"search", "report", "resuming"},
     {"playground", "sweep_cli"},
     {"cli"},
 ]

@@ -18,7 +18,14 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 PAGES = [
     (ROOT / "docs" / name).read_text(encoding="utf-8")
-    for name in ("adapters.md", "decoding.md", "performance.md", "playground.md", "sweeps.md")
+    for name in (
+        "adapters.md",
+        "decoding.md",
+        "performance.md",
+        "playground.md",
+        "reliability.md",
+        "sweeps.md",
+    )
 ]
 
 
@@ -63,6 +70,8 @@ def small(command: str) -> list[str]:
             kept = [argument for argument in arguments if not argument.startswith("base=")]
             short = [*SMALL, "trainer.val_check_interval=1"]
             arguments = [*kept[: kept.index("--trials")], *short, "--trials", "1"]
+        if arguments[0] == "verify-resume":
+            arguments = [arguments[0], *SMALL, "--kills", "1", *arguments[-2:]]
         arguments += SMALL if arguments[0] == "plan" else []
         return [sys.executable, "-m", "lora_gpt2.cli", *arguments]
     script, *arguments = arguments

@@ -7,13 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.playground import server
+from lora_gpt2.playground.models import CHOICES
+from tests.conftest import ROOT
 
 JSON = {"Content-Type": "application/json"}
 ASKED = {"input": "red cat", "adapter": "adapter", "decoding": {"beam_size": 2, "eval_len": 8}}
@@ -56,6 +62,7 @@ def test_it_answers(address):
         (400, {**JSON, "Host": "attacker.example"}),
         (403, {**JSON, "Origin": "http://attacker.example"}),
         (403, {**JSON, "Origin": "null"}),
+        (403, {**JSON, "Origin": "http://["}),
         (415, {"Content-Type": "text/plain"}),
         (415, {}),
     ],
@@ -104,6 +111,54 @@ def test_an_answer_that_takes_too_long_is_given_up(address, playground, monkeypa
     monkeypatch.setattr(playground, "seconds", 0)
     status, told = answer(address, "POST", "/decode", ASKED, **JSON)
     assert (status, "took longer" in told) == (503, True)
+
+
+def test_a_crowd_is_answered_one_by_one_and_the_rest_asked_to_come_back(address, playground, monkeypatch):
+    running, most = [], []
+
+    def slow(asked):
+        running.append(asked)
+        most.append(len(running))
+        time.sleep(0.2)
+        running.pop()
+        return {}
+
+    monkeypatch.setattr(playground, "decode", slow)
+    with ThreadPoolExecutor(20) as crowd:
+        asked = [crowd.submit(answer, address, "POST", "/decode", ASKED, **JSON) for _ in range(20)]
+        found = [one.result()[0] for one in asked]
+    assert max(most) == 1
+    assert found.count(200) == len(most) == 8
+    assert found.count(503) == 12
+    assert answer(address, "POST", "/decode", ASKED, **JSON)[0] == 200, "and then it is free again"
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda below: st.lists(below, max_size=3) | st.dictionaries(st.text(max_size=9), below, max_size=3),
+    max_leaves=8,
+)
+questions = st.fixed_dictionaries(
+    {},
+    optional={
+        "input": values,
+        "adapter": values | st.just("adapter"),
+        "decoding": values | st.dictionaries(st.sampled_from(sorted(CHOICES)), values, max_size=3),
+    },
+)
+
+
+@given(values | questions, st.binary(max_size=40))
+def test_whatever_is_asked_gets_a_plain_answer(address, asked, raw):
+    """A property of every question: answered, or refused in one line that shows no file and no code."""
+    for body in (json.dumps(asked).encode(), raw):
+        status, told = answer(address, "POST", "/decode", body, **JSON)
+        assert status in (200, 400, 422, 503)
+        if status != 200:
+            error = json.loads(told)["error"]
+            assert error
+            assert "Traceback" not in error
+            assert str(ROOT) not in error
 
 
 def test_a_fault_inside_tells_nothing_of_it(address, playground, monkeypatch):
