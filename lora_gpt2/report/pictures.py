@@ -44,18 +44,21 @@ def heat_map(cells: Mapping[tuple[Any, Any], float], x: str, y: str, value: str)
 
 
 def front(points: Mapping[str, tuple[float, float]], x: str, y: str, falling: bool) -> str:
-    """Dots by name; those that no other beats in both are joined."""
+    """A dot each; those that no other beats in both are joined, and named."""
     figure, place = _figure()
     sign = 1 if falling else -1
-    best: list[tuple[float, float]] = []
-    for one in sorted(points.values(), key=lambda point: (point[0], sign * point[1])):
-        if not best or sign * one[1] < sign * best[-1][1]:
-            best.append(one)
-    place.plot(*zip(*best, strict=True), color="tab:red", linewidth=1, label="Pareto front")
-    for name, (a, b) in points.items():
-        place.plot(a, b, "o", color="tab:blue", markersize=4)
-        place.annotate(name, (a, b), fontsize=7, xytext=(3, 3), textcoords="offset points")
+    best: dict[str, tuple[float, float]] = {}
+    for name, one in sorted(points.items(), key=lambda item: (item[1][0], sign * item[1][1])):
+        if not best or sign * one[1] < min(sign * value for _, value in best.values()):
+            best[name] = one
+    place.plot(*zip(*points.values(), strict=True), "o", color="tab:blue", markersize=4)
+    place.plot(*zip(*best.values(), strict=True), color="tab:red", linewidth=1, label="Pareto front")
+    middle = sum(a for a, _ in points.values()) / len(points)
+    for name, (a, b) in best.items():  # on the wider side of its dot
+        where = {"xytext": (-3, 3), "ha": "right"} if a > middle else {"xytext": (3, 3), "ha": "left"}
+        place.annotate(name, (a, b), fontsize=7, textcoords="offset points", **where)
     place.set(xlabel=x, ylabel=y)
+    place.margins(0.1)
     place.legend(fontsize="x-small")
     place.grid(alpha=0.3)
     return _svg(figure)
