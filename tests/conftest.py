@@ -10,6 +10,8 @@ from random import Random
 from typing import Any
 from urllib.parse import urlsplit
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and workers as many as cores
+
 import hypothesis
 import pytest
 from hydra import compose, initialize_config_module

@@ -159,8 +159,9 @@ class LengthBuckets(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order, turns = self._order()
-        for turn in turns[self.skip() :]:
-            start, end = (int(i) * len(order) // self.batches for i in (turn, turn + 1))
+        for number in range(self.skip(), self.batches):
+            turn = int(turns[number])
+            start, end = (i * len(order) // self.batches for i in (turn, turn + 1))
             yield order[start:end][self.rank :: self.ranks].tolist()
 
     def _order(self) -> tuple[Tensor, Tensor]:
