@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from time import monotonic
+from time import time
 
 from lora_gpt2 import jobs, runs
 from lora_gpt2.errors import UserError
@@ -25,6 +25,8 @@ class Verified:
 
     seconds: float
     """Of the run that nobody interrupted."""
+    trains_after: float = 0.0
+    """How many of these passed before its training began."""
     steps: int = 0
     """Optimizer steps of it."""
     kills: dict[str, int] = field(default_factory=dict)
@@ -49,11 +51,12 @@ def verify(overrides: Sequence[str], folder: Path, kills: int, seed: int = 0) ->
     if folder.exists() and any(folder.iterdir()):
         raise UserError(folder, "is not empty", "give another folder")
     random, command = Random(seed), [*overrides, "trainer.log_every_n_steps=1"]
-    start, whole = monotonic(), folder / "whole"
+    start, whole = time(), folder / "whole"
     if code := _start(command, whole).wait():
         what = f"the undisturbed run ended with exit code {code}"
         raise UserError(whole / "said.txt", what, "see what it said")
-    found = Verified(seconds=monotonic() - start)
+    found = Verified(seconds=time() - start)
+    found.trains_after = (whole / runs.PROVENANCE_FILE).stat().st_mtime - start
     expected = runs.logged(whole, _COLUMN)
     found.steps = len(expected)
     while sum(found.kills.values()) < kills:
@@ -82,7 +85,8 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
     process = _start([*command, *resume], place)
     enough = sum(found.kills.values()) >= kills
     try:
-        code = process.wait(None if enough else random.uniform(0, found.seconds))
+        moment = random.uniform(0.9 * found.trains_after, found.seconds)  # seldom before there is anything
+        code = process.wait(None if enough else moment)
     except subprocess.TimeoutExpired:
         how = random.choice(KILLS)
         found.kills[how.name] = found.kills.get(how.name, 0) + 1

@@ -8,7 +8,8 @@ from lightning import Callback
 
 from tests.conftest import cli
 
-SLOWER = ["trainer.max_epochs=8", "lora=qv", "callbacks.last.every_n_train_steps=3"]
+SLOWER = ["trainer.max_epochs=8", "lora=qv", "callbacks.last.every_n_train_steps=3", "keep=last",
+          "+callbacks.slow={_target_: tests.training.test_checkpoints.Slow}"]  # fmt: skip
 
 
 class Forgetful(Callback):

@@ -55,6 +55,7 @@ class SaveWhenStopped(Callback):
         self._told: int | None = None
         self._before: dict[int, Any] = {}
         self._step, self._saved = 0, False
+        self._leaves: SystemExit | None = None
         self._agreed: Callable[[int], int] = lambda told: told
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -80,6 +81,7 @@ class SaveWhenStopped(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._leave()
         if self._saved:  # its step is logged only behind it, and a resumed run would not log it again
             self._saved = False
             for logger in trainer.loggers:
@@ -100,9 +102,19 @@ class SaveWhenStopped(Callback):
             self._restore()
             if stopped.name.startswith("SIGUSR") and callable(before):
                 before(told, None)
-            if not trainer.is_global_zero:
-                raise SystemExit  # in peace: Lightning kills the first where another fails
-            raise stopped
+            # in peace on other processes: Lightning kills the first where another fails
+            self._leaves = stopped if trainer.is_global_zero else SystemExit(0)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        """Where a step is over, and logged."""
+        if self._leaves is not None:
+            raise self._leaves
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()
