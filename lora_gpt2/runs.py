@@ -213,7 +213,7 @@ def keep_weights(
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoints)), None)
     if best is None or best.best_model_score is None:
         return [None]
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    checkpoint = read_pickle(Path(best.best_model_path))
     if keep is Keep.best:
         module.load_state_dict(checkpoint["state_dict"], strict=False)
     return [checkpoint.get("valid_loss")]

@@ -9,8 +9,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
 
 from lora_gpt2.files import replacing
 
@@ -43,23 +44,27 @@ class Stopped(SystemExit):
         return self.name
 
 
-class SaveWhenStopped(Callback):
-    """Ends a run that gets one of `SIGNALS` behind its step, and leaves a checkpoint there to go on from.
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` to go on from: every so many steps, and when a signal asks the run to stop.
 
-    A second one ends it at once. SIGUSR1 and SIGUSR2 are then handed on to whom they were for before: a
-    scheduler's own way to begin the job again.
+    Where a step is validated it is written behind the validation: a resumed run would not validate again, and
+    know of no better weights. A run that gets one of `SIGNALS` then ends; a second one ends it at once.
+    SIGUSR1 and SIGUSR2 are handed on to whom they were for before: a scheduler's way to begin the job again.
     """
 
-    def __init__(self, dirpath: str | Path = "checkpoints") -> None:
-        self.folder = Path(dirpath)
-        self._told: int | None = None
+    def __init__(self, dirpath: str | Path = "checkpoints", every_n_train_steps: int = 500) -> None:
+        self.folder, self.every = Path(dirpath), every_n_train_steps
+        self._told = 0
+        """The signal that this process got; it may come at any moment."""
+        self._stops_by = 0
+        """That which any process got, as all of them know behind a step."""
         self._before: dict[int, Any] = {}
-        self._step, self._saved = 0, False
+        self._step, self._due, self._saved = 0, False, False
         self._leaves: SystemExit | None = None
         self._agreed: Callable[[int], int] = lambda told: told
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._told, self._step = None, trainer.global_step
+        self._step = trainer.global_step
         if trainer.world_size > 1:
             group = torch.distributed.new_group(backend="gloo")
 
@@ -73,16 +78,11 @@ class SaveWhenStopped(Callback):
         with contextlib.suppress(ValueError):  # not in the main thread: the signals are another's
             self._before = {number: signal.signal(number, self._tell) for number in SIGNALS}
 
-    def on_save_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._saved = True
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._leave()
-        if self._saved:  # its step is logged only behind it, and a resumed run would not log it again
+        if self._saved:  # its step was logged behind it, and a resumed run would not log it again
             self._saved = False
             for logger in trainer.loggers:
                 logger.save()
@@ -93,23 +93,34 @@ class SaveWhenStopped(Callback):
         if trainer.global_step == self._step:
             return  # between two steps, where gradients are accumulated
         self._step = trainer.global_step
-        if told := self._agreed(self._told or 0):
-            trainer.save_checkpoint(self.folder / "last.ckpt")
-            stopped, before = Stopped(told), self._before.get(told)
-            if trainer.is_global_zero:
-                run = self.folder.parent
-                print(f"{stopped}: stopped behind step {self._step}, go on with resume={run}", flush=True)
-            self._restore()
-            if stopped.name.startswith("SIGUSR") and callable(before):
-                before(told, None)
-            # in peace on other processes: Lightning kills the first where another fails
-            self._leaves = stopped if trainer.is_global_zero else SystemExit(0)
+        self._stops_by = self._agreed(self._told)
+        self._due = bool(self._stops_by) or (self.every > 0 and self._step % self.every == 0)
+        loop = trainer.fit_loop
+        assert loop._data_fetcher is not None
+        if self._due and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            self._save(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._due:
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
+
+    def _save(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.folder / "last.ckpt")
+        self._due, self._saved = False, True
+        if not self._stops_by:
+            return
+        stopped, before = Stopped(self._stops_by), self._before.get(self._stops_by)
+        if trainer.is_global_zero:
+            run = self.folder.parent
+            print(f"{stopped}: stopped behind step {self._step}, go on with resume={run}", flush=True)
+        self._restore()
+        if stopped.name.startswith("SIGUSR") and callable(before):
+            before(self._stops_by, None)
+        # in peace on other processes: Lightning kills the first where another fails
+        self._leaves = stopped if trainer.is_global_zero else SystemExit(0)
 
     def _leave(self) -> None:
         """Where a step is over, and logged."""

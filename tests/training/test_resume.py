@@ -9,6 +9,7 @@ from lightning import Callback
 from safetensors.torch import load_file
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.runs import logged
 from tests.conftest import train
 
 MORE = ["model.dropout=0.2", "callbacks.last.every_n_train_steps=1", "trainer.log_every_n_steps=1"]
@@ -16,6 +17,17 @@ MORE = ["model.dropout=0.2", "callbacks.last.every_n_train_steps=1", "trainer.lo
 
 class Killed(Exception):
     pass
+
+
+class KillInValidation(Callback):
+    """Ends the process' work in the validation behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise Killed
 
 
 class KillAfter(Callback):
@@ -35,7 +47,12 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 KINDS: list[list[str]] = [[], ["lora=qv", "lora.dropout=0.3"]]
-EXTRAS: list[list[str]] = [[], ["trainer.max_steps=16"], ["trainer.accumulate_grad_batches=2"]]
+EXTRAS: list[list[str]] = [
+    [],
+    ["trainer.max_steps=16"],
+    ["trainer.accumulate_grad_batches=2"],
+    ["trainer.val_check_interval=3", "callbacks.last.every_n_train_steps=3"],
+]
 
 
 @pytest.mark.parametrize(
@@ -54,9 +71,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, lora, extra):
         kill = f"+callbacks.kill={{_target_: tests.training.test_resume.KillAfter, step: {step}}}"
         with pytest.raises(Killed):
             train(broken, *arguments, kill)
-        train(resumed, *arguments, f"resume={broken}")
+        begun = (broken / "checkpoints" / "last.ckpt").is_file()
+        train(resumed, *arguments, *([f"resume={broken}"] if begun else []))
         got, tail = load_file(resumed / file), losses(resumed)
-        assert tail == {k: v for k, v in steps.items() if k >= step}, step
+        assert max(tail) == max(steps)
+        assert tail == {k: v for k, v in steps.items() if k >= min(tail)}, step
+        assert min(tail) <= step
+        assert logged(resumed, "valid/loss").items() <= logged(whole, "valid/loss").items()
         assert all(torch.equal(got[name], expected[name]) for name in expected), step
 
 
@@ -75,3 +96,19 @@ def test_what_cannot_be_resumed_is_named(tmp_path, tiny, source, more, message):
     train(tmp_path / "a", *tiny, "lora=qv", "trainer.max_steps=1")
     with pytest.raises(UserError, match=message):
         train(tmp_path / "b", *tiny, "lora=qv", *more, f"resume={tmp_path / source}")
+
+
+def test_a_run_killed_in_its_validation_validates_again(tmp_path, tiny):
+    """Or it would know of no better weights than those of before."""
+    arguments = [*tiny, *MORE, "lora=qv", "trainer.val_check_interval=3"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train(whole, *arguments)
+    kill = "+callbacks.kill={_target_: tests.training.test_resume.KillInValidation, step: 9}"
+    with pytest.raises(Killed):
+        train(broken, *arguments, kill)
+    train(broken, *arguments, f"resume={broken}")
+    assert logged(broken, "valid/loss") == logged(whole, "valid/loss")
+    expected, got = (load_file(folder / "adapter.safetensors") for folder in (whole, broken))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (whole, broken)]
+    assert names[0] == names[1]
