@@ -111,7 +111,7 @@ def test_metrics_of_an_earlier_run_in_the_folder_are_kept(tmp_path, tiny):
     for _ in range(2):
         train(tmp_path, *tiny, "trainer.max_epochs=1")
     assert (tmp_path / "metrics.csv").is_file()
-    assert (tmp_path / "metrics.1.csv").is_file()
+    assert (tmp_path / "earlier-1.csv").is_file()
 
 
 def row(context: str, completion: str) -> str:

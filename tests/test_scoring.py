@@ -23,7 +23,12 @@ def course(folder, column: str) -> list[float]:
 def test_the_best_weights_are_those_of_the_highest_score(tmp_path, tiny, run):
     """Of NIST, as so short texts have no four words in a row for BLEU."""
     options = ["callbacks.scores.contexts=4", "callbacks.scores.decoding={beam_size: 2, eval_len: 16}"]
-    adapt = ["lora=qv", f"base={run / 'base'}", "optimizer.lr=0.3", "callbacks.checkpoint.monitor=valid/nist"]
+    adapt = [
+        "lora=qv",
+        f"base={run / 'base'}",
+        "optimizer.lr=0.03",
+        "callbacks.checkpoint.monitor=valid/nist",
+    ]
     loss = train(tmp_path, *tiny, "callbacks=best_bleu", *adapt, *options)
     seen = course(tmp_path, "valid/nist")
     assert len(seen) == 3, "once an epoch"
