@@ -41,7 +41,7 @@ def test_a_sweep_over_two_devices_has_exactly_its_jobs(tmp_path, tiny):
 
 
 def test_a_sweep_over_numbers_of_devices(tmp_path, tiny):
-    more = ["lora=qv", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=1"]
+    more = ["lora=qv", "lora.dropout=0", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_epochs=1"]
     swept = script("train", "-m", *tiny, *more, "trainer.devices=1,2", f"hydra.sweep.dir={tmp_path}")
     assert swept.returncode == 0, swept.stderr
     one, two = (Job.read(tmp_path / name) for name in "01")
