@@ -160,7 +160,7 @@ def import_(
 ) -> None:
     """Take an adapter from PEFT or from the published scripts."""
     from lora_gpt2 import conversion
-    from lora_gpt2.settings import composed
+    from lora_gpt2.gate import composed
 
     card = composed([f"model={model}"]).model if model is not None else None
     if base is not None:
@@ -241,7 +241,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Say what an experiment costs before it runs: parameters, memory, steps, padding, operations, time."""
-    from lora_gpt2.settings import composed
+    from lora_gpt2.gate import composed
 
     settings = composed(overrides or [])  # a wrong one is told before torch is loaded
     import torch
@@ -272,7 +272,8 @@ def report(
     import time
 
     from lora_gpt2 import jobs
-    from lora_gpt2.report.page import figures, write
+    from lora_gpt2.report.entries import figures
+    from lora_gpt2.report.page import write
 
     page = output or folder / "report.html"
     while write(folder, page, baseline, refresh=_LIVE if live else None) and live:

@@ -16,6 +16,7 @@ from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import canonical
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import LoraSettings, ModelSettings, gpt2_config
+from lora_gpt2.training.guards import ROUNDING
 from lora_gpt2.weights import factors
 from lora_gpt2.weights.adapter import describe_adapter, holds_adapter, open_adapter
 from lora_gpt2.weights.exchange import peft, reference, transformers
@@ -85,10 +86,6 @@ def _tokenizer(source: str, about: Description, given: str | None = None) -> Tok
     return tokenizer
 
 
-_ROUNDING = 1e-3
-"""Of the largest logit: more than merged and unmerged float32 differ by."""
-
-
 @torch.inference_mode()
 def _merge_difference(model: GPT2LMModel, dtype: torch.dtype) -> float:
     """Over random tokens, both models computed in `dtype`.
@@ -103,7 +100,7 @@ def _merge_difference(model: GPT2LMModel, dtype: torch.dtype) -> float:
     merged.merge()
     expected = unmerged(ids)[0].float()
     difference = float((expected - merged.to(dtype)(ids)[0].float()).abs().max())
-    if dtype is torch.float32 and not difference <= _ROUNDING * float(expected.abs().max()):
+    if dtype is torch.float32 and not difference <= ROUNDING[dtype] * float(expected.abs().max()):
         what = f"merged and unmerged logits differ by {difference:.3g}, nothing was written"
         raise UserError("merge", what, "look for weights that are not finite, or are very large")
     return difference

@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_module
 
-from lora_gpt2 import settings
+from lora_gpt2 import gate, settings
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE
 
 
@@ -48,7 +48,7 @@ def _stage(script: str, overrides: list[str], folder: Path, result: str) -> None
         if result == "scores.json":
             screen.scores(_scores(folder))
         return
-    settings.register()
+    gate.register()
     with initialize_config_module("configs", version_base="1.3"):
         cfg = compose(script, overrides=overrides)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def _stage(script: str, overrides: list[str], folder: Path, result: str) -> None
         "generate": (settings.GenerateSettings, experiment.generate),
     }
     schema, function = stages[script]
-    function(settings.resolve(cfg, schema), folder)
+    function(gate.resolve(cfg, schema), folder)
 
 
 def _scores(folder: Path) -> dict[str, Any]:

@@ -82,8 +82,9 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
         for name, member in members.items() if settings.score else ():
             scores = generate(_scoring(member, str(folder / name)), folder / name)
             prefix = "/".join(filter(None, ["final", settings.score, name]))
-            for logger in loggers if scores is not None else ():
-                logger.log_metrics({f"{prefix}/{key}": value for key, value in figures(scores or {}).items()})
+            final = {f"{prefix}/{key}": value for key, value in figures(scores or {}).items()}
+            for logger in loggers if final else ():
+                logger.log_metrics(final)
                 logger.save()
     return min((loss for loss in losses if loss is not None), default=None)
 

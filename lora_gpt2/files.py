@@ -130,10 +130,11 @@ def read_json(path: str | Path, do: str) -> Any:
         raise UserError(f"{path}:{error.lineno}", f"is not valid JSON ({error.msg})", do) from None
 
 
-def sha256(path: str | Path) -> str:
-    """Hexadecimal SHA-256 of a file's bytes."""
+def sha256(path: str | Path, start: int = 0) -> str:
+    """Hexadecimal SHA-256 of a file's bytes from `start` on."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
+        file.seek(start)
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,36 +1,25 @@
-"""Training runs as jobs: the state that each keeps in its folder, and going on where a sweep stopped."""
+"""Training runs as jobs: the state that each keeps in its folder, and what a sweep has of them."""
 
 import hashlib
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.conf import HydraConf
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from hydra.experimental.callback import Callback
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lora_gpt2 import settings as gate
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import first_process, locked, read_json, write_json
+from lora_gpt2.files import first_process, read_json, write_json
 from lora_gpt2.settings import TrainSettings
 
 STATUS_FILE = "status.json"
@@ -99,6 +88,11 @@ class Job:
         minutes = f"{self.seconds / 60:.1f}" if self.seconds else ""
         return ["cut off" if cut_off else self.state.value, loss, minutes, self.error or ""]
 
+    def check_same(self, settings: dict[str, Any], folder: Path) -> None:
+        """Raises UserError where `settings` are not those of this job, which lies in `folder`."""
+        if self.key != replace(self, settings=settings).key:
+            raise UserError(folder, "holds a job of other settings", "give another hydra.sweep.dir")
+
     def write(self, folder: Path) -> None:
         held = {"key": self.key, **asdict(self)}
         del held["seen"]
@@ -116,143 +110,6 @@ class Job:
             return cls(**{**held, "state": State(held["state"])}, seen=path.stat().st_mtime)
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(path, "does not tell of a job", "remove it: the job runs again") from None
-
-
-def main() -> None:
-    """What ``train.py`` is, and ``python -m lora_gpt2.jobs``."""
-    gate.register()
-    with gate.told_in_a_line("train"):
-        hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch)()
-
-
-class SameSweep(Callback):
-    """Refuses a sweep over a folder of other jobs, before Hydra writes its settings there."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        folder = Path(config.hydra.sweep.dir)
-        begun = {path.parent.name: path.parent for path in folder.glob(f"*/{STATUS_FILE}")}
-        asked = _split(config.hydra) if begun else {}
-        try:
-            for name, place in begun.items():
-                if name not in asked:
-                    what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
-                    raise UserError(folder, what, "give another hydra.sweep.dir")
-                job = Job.read(place)
-                settings = gate.composed(asked[name]).decisive()
-                if job is not None and job.key != replace(job, settings=settings).key:
-                    raise UserError(place, "holds a job of other settings", "give another hydra.sweep.dir")
-        except (HydraException, UserError) as error:
-            print(error, file=sys.stderr)
-            raise SystemExit(1) from None  # Hydra goes on behind any other exception of a callback
-
-
-def launch(cfg: DictConfig) -> float | None:
-    """The experiment that Hydra composed, in the folder that Hydra chose."""
-    resolved, here = gate.resolve(cfg, TrainSettings), HydraConfig.get()
-    in_sweep = here.mode is RunMode.MULTIRUN
-    with gate.user_errors():
-        if in_sweep and _under_torchrun():
-            do = "start the sweep without it: each of its jobs starts its own processes"
-            raise UserError("torchrun", "would run the whole sweep in each of its processes", do)
-        if in_sweep:
-            _name_for_dashboards(here)
-        folder = Path(here.runtime.output_dir)
-        if resolved.dry_run:
-            return _train(resolved, folder)
-        if in_sweep and _starts_processes(resolved.trainer):
-            return run(resolved, folder, partial(_train_apart, here), once=True)
-        with locked(folder):
-            return run(resolved, folder, _train, once=in_sweep)
-
-
-def _train(settings: TrainSettings, folder: Path) -> float | None:
-    from lora_gpt2 import experiment  # so late that a wrong setting is reported before torch is loaded
-
-    return experiment.train(settings, folder)
-
-
-def _name_for_dashboards(here: HydraConf) -> None:
-    """W&B takes these where the settings name no group and no run."""
-    given = parsed(sweep_of(Path(here.sweep.dir)).hydra.overrides.task)
-    of_all = {one.get_key_element() for one in given if not one.is_sweep_override()}
-    own = [one for one in parsed(here.overrides.task) if one.get_key_element() not in of_all]
-    os.environ["WANDB_RUN_GROUP"] = Path(here.sweep.dir).name
-    os.environ["WANDB_NAME"] = " ".join(str(one.input_line) for one in own)
-
-
-def _under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def _starts_processes(trainer: dict[str, Any]) -> bool:
-    """Whether Lightning would start the other ranks by the command line of this process, sweep and all."""
-    strategy = str(trainer.get("strategy") or "auto")
-    spawned = strategy.endswith(("spawn", "fork", "notebook"))  # those do without a command line
-    there_already = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
-    return trainer.get("devices") not in (1, "1") and not spawned and not there_already
-
-
-def _train_apart(here: HydraConf, settings: TrainSettings, folder: Path) -> float | None:
-    """Trains as a run of its own, whose ranks know nothing of the sweep. Raises UserError where it fails."""
-    resume = [] if settings.resume is None else [f"resume={quoted(settings.resume)}"]
-    overrides = [*here.overrides.task, *resume, "hydra.output_subdir=null"]
-    clean = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-    process = subprocess.Popen(command(overrides, folder), cwd=here.runtime.cwd, env=clean)
-    try:
-        with _handed_on(process):
-            code = process.wait()
-    finally:
-        process.terminate()
-        process.wait()
-    if code > 128:
-        raise SystemExit(code)  # by a signal: the sweep is to stop
-    ended = Job.read(folder)
-    if code or ended is None:
-        why = f": {ended.error}" if ended is not None and ended.error else ""
-        what = f"its processes ended with exit code {code}{why}"
-        raise UserError(folder, what, "see what they said above")
-    return ended.valid_loss
-
-
-_OF_RANKS = (
-    "LOCAL_RANK",
-    "GLOBAL_RANK",
-    "NODE_RANK",
-    "GROUP_RANK",
-    "RANK",
-    "WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-)
-"""Lightning leaves these behind a job of several devices; in the next they would mean that it has them."""
-
-
-@contextmanager
-def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Gives `process` the signals that ask this one to stop; a terminal's go to both by themselves."""
-    names = "SIGTERM", "SIGUSR1", "SIGUSR2"
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    with suppress(ValueError):  # not in the main thread: the signals are another's
-        before = {
-            number: signal.signal(number, lambda told, _: process.send_signal(told)) for number in numbers
-        }
-    try:
-        yield
-    finally:
-        with suppress(ValueError):
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def command(overrides: Iterable[str], folder: Path) -> list[str]:
-    """What trains with `overrides` in `folder` as a run of its own."""
-    own = [f"hydra.run.dir={quoted(folder)}", "hydra.mode=RUN"]
-    return [sys.executable, "-m", __spec__.name, *overrides, *own]
-
-
-def quoted(value: object) -> str:
-    """As Hydra's command line takes any text."""
-    return "'" + str(value).replace("'", "\\'") + "'"
 
 
 def run(
@@ -285,8 +142,7 @@ def _earlier(job: Job, folder: Path) -> Job | None:
     earlier = Job.read(folder)
     if earlier is None:
         return None
-    if earlier.key != job.key:
-        raise UserError(folder, "holds a job of other settings", "give another hydra.sweep.dir")
+    earlier.check_same(job.settings, folder)
     if earlier.alive and earlier.process != os.getpid() and first_process():
         what = f"is running already (process {earlier.process} on {earlier.host})"
         raise UserError(folder, what, f"wait for it, or remove its {STATUS_FILE}")
@@ -347,6 +203,11 @@ def adapters(folder: Path) -> dict[Path, Job]:
     return {place: job for place, job in found.items() if job is not None and job.state is State.finished}
 
 
+def finished(found: Mapping[str, Job]) -> int:
+    """How many have come to their end."""
+    return sum(job.state is State.finished for job in found.values())
+
+
 def sweep_of(folder: Path) -> DictConfig:
     """What Hydra noted of a sweep. Raises UserError where the folder is none."""
     path = folder / SWEEP_FILE
@@ -363,10 +224,10 @@ def planned(folder: Path) -> dict[str, list[str]]:
     """The overrides of each job of a sweep or a search, in their order, by the names of their folders."""
     if not (folder / SWEEP_FILE).is_file():
         return {name: _overrides(folder / name) for name in jobs(folder)}
-    return _split(sweep_of(folder).hydra)
+    return split(sweep_of(folder).hydra)
 
 
-def _split(noted: DictConfig) -> dict[str, list[str]]:
+def split(noted: DictConfig) -> dict[str, list[str]]:
     """The overrides of each job by its number, from what Hydra has of a sweep."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
@@ -385,7 +246,3 @@ def _overrides(place: Path) -> list[str]:
     """What Hydra noted of one job."""
     path = place / ".hydra" / "overrides.yaml"
     return list(map(str, OmegaConf.load(path))) if path.is_file() else []
-
-
-if __name__ == "__main__":
-    main()

@@ -9,12 +9,12 @@ from pathlib import Path
 from random import Random
 from time import time
 
-from lora_gpt2 import jobs, runs
+from lora_gpt2 import launch, runs
 from lora_gpt2.errors import UserError
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE
 
 KILLS = signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-"""How a run is interrupted, each as often as the others; the first two leave it no time for anything."""
+"""How a run is interrupted: every other time so that it has no time for anything."""
 
 _COLUMN = "train/loss"
 
@@ -73,7 +73,7 @@ def _start(command: Sequence[str], place: Path) -> "subprocess.Popen[bytes]":
     said = open(place / "said.txt", "ab")  # noqa: SIM115  (the process keeps it)
     with said:
         return subprocess.Popen(
-            jobs.command(command, place), stdout=said, stderr=said, start_new_session=True
+            launch.command(command, place), stdout=said, stderr=said, start_new_session=True
         )
 
 
@@ -81,7 +81,7 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
     """Begins or goes on; returns whether the run was cut short."""
     begun = (place / "checkpoints" / "last.ckpt").is_file()
     found.resumed += begun
-    resume = [f"resume={jobs.quoted(place)}"] if begun else []
+    resume = [f"resume={launch.quoted(place)}"] if begun else []
     process = _start([*command, *resume], place)
     enough = sum(found.kills.values()) >= kills
     try:

@@ -166,7 +166,7 @@ def checkpoint_file(resume: str | None) -> str | None:
     path = find(resume, str(Path("checkpoints") / "last.ckpt"))
     if not path.is_file():
         raise UserError(path, "there is no such file", "give the folder of a run or one of its .ckpt files")
-    held = read_pickle(path)
+    held = read_pickle(path, mmap=True)
     if "state_dict" not in held or "optimizer_states" not in held:
         raise UserError(path, "holds no state of a run", "give the run's folder or one of its .ckpt files")
     return str(path)

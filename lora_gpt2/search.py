@@ -14,7 +14,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from lora_gpt2 import jobs
+from lora_gpt2 import jobs, launch
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
 from lora_gpt2.jobs import SEARCH_FILE, Job, State
@@ -22,6 +22,8 @@ from lora_gpt2.reporting import sweep
 from lora_gpt2.reporting.sweep import FALLING, LOSS
 
 _STUDY = "search"
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Pruning(Callback):
@@ -79,7 +81,6 @@ def search(
 
 
 def _study(folder: Path, by: str = LOSS, seed: int = 0) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = JournalStorage(JournalFileBackend(str(folder / SEARCH_FILE)))
     study = optuna.create_study(
         storage=storage,
@@ -121,9 +122,10 @@ def _parsed(overrides: Sequence[str]) -> tuple[list[str], dict[str, Space]]:
     spaces = {
         one.key_or_group: Space(str(one.input_line), _space(one)) for one in parsed if one.is_sweep_override()
     }
+    trial = optuna.create_study().ask()
     for space in spaces.values():
         try:
-            space.suggest(optuna.create_study().ask())
+            space.suggest(trial)
         except ValueError as error:
             raise UserError(space.line, f"cannot be searched ({error})", "give a range that rises") from None
     if not spaces:
@@ -161,7 +163,7 @@ def _train(place: Path, overrides: list[str], folder: Path, number: int) -> int:
     """One trial as a process of its own: what it does to memory or to the machine ends with it."""
     pruning = {"_target_": f"{__name__}.Pruning", "folder": str(folder.resolve()), "number": number}
     told = ",".join(f"{name}:{json.dumps(value)}" for name, value in pruning.items())
-    command = jobs.command([*overrides, f"+callbacks.pruning={{{told}}}"], place)
+    command = launch.command([*overrides, f"+callbacks.pruning={{{told}}}"], place)
     return subprocess.run(command, check=False).returncode
 
 

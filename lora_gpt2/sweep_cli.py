@@ -31,20 +31,19 @@ def status(folder: SweepFolder) -> None:
         own = [one for one in overrides if one not in of_all and not one.startswith("+callbacks.pruning=")]
         lines.append([name, " ".join(own), *told])
     sweep.states(lines)
-    finished = sum(job.state is jobs.State.finished for job in found.values())
-    typer.echo(f"{finished} of {len(planned)} are finished")
+    typer.echo(f"{jobs.finished(found)} of {len(planned)} are finished")
 
 
 @app.command()
 def resume(folder: SweepFolder) -> None:
     """Run what is not finished; a job that was cut off goes on from its last checkpoint."""
-    from lora_gpt2 import jobs
+    from lora_gpt2 import jobs, launch
 
     noted = jobs.sweep_of(folder).hydra
-    place = f"hydra.sweep.dir={jobs.quoted(folder.resolve())}"
+    place = f"hydra.sweep.dir={launch.quoted(folder.resolve())}"
     sys.argv = ["train.py", *noted.overrides.hydra, *noted.overrides.task, place]
     os.chdir(noted.runtime.cwd)  # paths in the settings are meant from there
-    jobs.main()
+    launch.main()
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -97,5 +96,5 @@ def table(
         if others:
             typer.echo(f"not all were scored on the same inputs: they differ in {', '.join(others)}")
         planned = len(jobs.planned(folder)) if (folder / jobs.SWEEP_FILE).is_file() else 0
-        if (done := sum(job.state is jobs.State.finished for job in jobs.jobs(folder).values())) < planned:
+        if (done := jobs.finished(jobs.jobs(folder))) < planned:
             typer.echo(f"{done} of {planned} are finished")

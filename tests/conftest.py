@@ -16,7 +16,7 @@ import hypothesis
 import pytest
 from hydra import compose, initialize_config_module
 
-from lora_gpt2 import experiment, jobs, settings
+from lora_gpt2 import experiment, gate, jobs, settings
 from lora_gpt2.data.jsonl import TextRow, write_text_rows
 from lora_gpt2.playground import server
 from lora_gpt2.playground.models import Playground, open_playground
@@ -34,11 +34,11 @@ TINY = ["model.n_layer=2", "model.n_embd=16", "model.n_head=2", "model.n_positio
 
 def settings_of(script: str, overrides: list[str]) -> Any:
     """The settings that ``python SCRIPT.py OVERRIDES`` would run with."""
-    settings.register()
+    gate.register()
     with initialize_config_module("configs", version_base="1.3"):
         cfg = compose(script, overrides=overrides)
     schema = settings.TrainSettings if script == "train" else settings.GenerateSettings
-    return settings.resolve(cfg, schema)
+    return gate.resolve(cfg, schema)
 
 
 def train(folder: Path, *overrides: str) -> float | None:

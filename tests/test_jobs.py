@@ -10,11 +10,11 @@ from dataclasses import replace
 import hydra
 import pytest
 
-from lora_gpt2 import cli, jobs
+from lora_gpt2 import cli, jobs, launch
 from lora_gpt2.errors import UserError
+from lora_gpt2.gate import register
 from lora_gpt2.jobs import Job, State
 from lora_gpt2.reporting import sweep
-from lora_gpt2.settings import register
 from tests.conftest import ROOT, settings_of, train
 
 
@@ -168,7 +168,7 @@ def main(monkeypatch, capsys):
 
 
 def train_py() -> None:
-    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(jobs.launch)()
+    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch.launch)()
 
 
 def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, main):
@@ -257,8 +257,8 @@ def test_a_refused_sweep_leaves_no_trace(tmp_path, settings, main):
         (["score=none"], "score must be train, valid or test, or null, not none"),
         (["seed=1"], "holds 2 jobs, and this sweep has 1"),
     ):
-        code, said = main(jobs.main, *asked, *more)
+        code, said = main(launch.main, *asked, *more)
         assert code == 1
         assert message in said
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert main(jobs.main, *asked)[0] == 0, "the same again is none of this"
+    assert main(launch.main, *asked)[0] == 0, "the same again is none of this"

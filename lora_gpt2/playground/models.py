@@ -166,10 +166,9 @@ def _named(sources: Sequence[str]) -> dict[str, str]:
     """Each model's folder or file by a name to show; a sweep is many."""
     found: dict[str, str] = {}
     for source in sources:
-        places = jobs.adapters(Path(source)) if Path(source).is_dir() else {}
-        own = jobs.Job.read(Path(source)) if not places and Path(source).is_dir() else None
-        if own is not None:
-            raise UserError(source, f"its job is {own.told()[0]}", "serve one that is finished")
+        places = jobs.adapters(Path(source))
+        if not places and (job := jobs.Job.read(Path(source))) is not None:
+            raise UserError(source, f"its job is {job.told()[0]}", "serve one that is finished")
         names = sweep.names({place: job.settings for place, job in places.items()})
         each = {name: str(place) for place, name in names.items()} or {Path(source).name: source}
         for name, place in each.items():

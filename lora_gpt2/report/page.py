@@ -5,22 +5,20 @@ import json
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from lora_gpt2 import conversion, jobs, runs, settings
-from lora_gpt2.errors import UserError
-from lora_gpt2.evaluation import significance, text_files
+from lora_gpt2 import conversion, jobs, runs
+from lora_gpt2.evaluation import significance
 from lora_gpt2.evaluation.rouge_cider import rouge_l
-from lora_gpt2.evaluation.scorer import e2e_statistics, webnlg_statistics
-from lora_gpt2.evaluation.significance import Interval
 from lora_gpt2.files import read_json, write_text
+from lora_gpt2.gate import composed
 from lora_gpt2.jobs import Job
 from lora_gpt2.report import coverage, pictures
+from lora_gpt2.report.entries import Entry, best_of, compare, entries_of, metrics_of, names_of, over_seeds
 from lora_gpt2.reporting import sweep
 from lora_gpt2.weights.adapter import holds_adapter
 from lora_gpt2.weights.analysis import analyse
@@ -28,42 +26,8 @@ from lora_gpt2.weights.analysis import analyse
 _SHOWN = 5
 """So many of the best and of the worst predictions."""
 
-_SURE = 0.05
-"""Above this p-value a run may be as good as the best."""
-
 _BETWEEN = 300.0
 """No job of a sweep may run for so many seconds before the sweep counts as over."""
-
-
-@dataclass
-class Texts:
-    """What a run wrote, beside its inputs and references."""
-
-    contexts: list[str]
-    references: list[list[str]]
-    predictions: list[str]
-
-    @classmethod
-    def of(cls, folder: Path) -> "Texts | None":
-        if not (folder / "hypotheses.txt").is_file():
-            return None
-        references, predictions = text_files.read_pairs(folder / "references.txt", folder / "hypotheses.txt")
-        return cls(text_files.read_predictions(folder / "contexts.txt"), references, predictions)
-
-
-@dataclass
-class Entry:
-    """One adapter or model, as the page tells of it."""
-
-    name: str
-    folder: Path
-    job: Job
-    values: dict[str, float]
-    """Validation loss and scores, as its files have them."""
-    texts: Texts | None
-    intervals: dict[str, Interval] = field(default_factory=dict)
-    p_values: dict[str, float] = field(default_factory=dict)
-    """Against the one that all are compared to."""
 
 
 def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int | None = None) -> bool:
@@ -73,9 +37,9 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
     and for a baseline that was not scored on the same inputs.
     """
     listed = {_place(folder, name): job for name, job in jobs.jobs(folder).items()}
-    names = _names(folder, listed)
-    entries = _entries(folder, names)
-    compared, apart = _compare(entries, baseline)
+    names = names_of(folder, listed)
+    entries = entries_of(folder, names)
+    compared, apart = compare(entries, baseline)
     running = any(job.alive for job in listed.values()) or _between(folder, listed)
     text = _template().render(
         title=folder.resolve().name,
@@ -84,11 +48,11 @@ def write(folder: Path, output: Path, baseline: Path | None = None, refresh: int
         jobs=[(place.name, names[place], *job.told()) for place, job in listed.items()],
         differences=_differences([job.settings for job in listed.values()]),
         entries=entries,
-        metrics=_metrics(entries),
+        metrics=metrics_of(entries),
         compared=compared,
         apart=apart,
-        best=_best(entries) if compared is not None and baseline is None else None,
-        seeds=_over_seeds(entries),
+        best=best_of(entries) if compared is not None and baseline is None else None,
+        seeds=over_seeds(entries),
         resamples=significance.RESAMPLES,
         papers=_papers(entries),
         pictures=_pictures({names[place]: place for place in listed}, entries),
@@ -106,12 +70,6 @@ def _place(folder: Path, name: str) -> Path:
     return folder / name if (folder / name).is_dir() else folder
 
 
-def _names(folder: Path, listed: Mapping[Path, Job]) -> dict[Path, str]:
-    """One name for each job and each adapter, by which all parts of the page call it."""
-    every = {**listed, **jobs.adapters(folder)}
-    return sweep.names({place: job.settings for place, job in every.items()})
-
-
 def _between(folder: Path, listed: Mapping[Path, Job]) -> bool:
     """Whether a sweep that has jobs to begin was at work a moment ago."""
     if (folder / jobs.STATUS_FILE).is_file():
@@ -120,100 +78,10 @@ def _between(folder: Path, listed: Mapping[Path, Job]) -> bool:
     return left and time.time() - max(job.seen for job in listed.values()) < _BETWEEN
 
 
-def figures(folder: Path) -> dict[str, list[Any]]:
-    """What is finished, the best first, column by column: its name, rank and alpha, and its scores."""
-    entries = _entries(folder, _names(folder, {}))
-    chosen = {
-        name: [entry.job.settings.get(name) for entry in entries] for name in ("lora.rank", "lora.alpha")
-    }
-    scores = {name: [entry.values.get(name) for entry in entries] for name in _metrics(entries)}
-    return {"run": [entry.name for entry in entries], **chosen, **scores}
-
-
-def _metrics(entries: Sequence[Entry]) -> list[str]:
-    return list(dict.fromkeys(name for entry in entries for name in entry.values))
-
-
 def _template() -> jinja2.Template:
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.get_template("page.html")
-
-
-def _entries(folder: Path, names: Mapping[Path, str]) -> list[Entry]:
-    """What is finished, the best first; of equals that of the lower validation loss."""
-    found = [
-        Entry(names[place], place, job, sweep.metrics(place), Texts.of(place))
-        for place, job in jobs.adapters(folder).items()
-    ]
-    by = sweep.deciding([entry.values for entry in found]) or sweep.LOSS
-    sign = 1 if by in sweep.FALLING else -1
-
-    def place(entry: Entry) -> tuple[float, float]:
-        inf = float("inf")
-        return sign * entry.values.get(by, inf * sign), entry.values.get(sweep.LOSS, inf)
-
-    return sorted(found, key=place)
-
-
-def _best(entries: Sequence[Entry]) -> dict[str, Any]:
-    """By what the first is the best, over how many inputs, and which others may be as good."""
-    first, by = entries[0], sweep.deciding([entry.values for entry in entries]) or sweep.LOSS
-    close = [one.name for one in entries[1:] if one.p_values.get(by, 0.0) > _SURE]
-    told = "" if first.texts is None else f"{len(first.texts.predictions):,} inputs"
-    split = first.job.settings.get("score") or "scored"
-    return {"name": first.name, "by": by, "over": f"{told} of the {split} split", "close": close}
-
-
-def _over_seeds(entries: Sequence[Entry]) -> list[sweep.Point]:
-    """Means over seeds, where there are several of some setting."""
-    found = sweep.points({entry.folder: entry.job.settings for entry in entries}) if entries else []
-    return found if any(point.runs > 1 for point in found) else []
-
-
-def _compare(entries: Sequence[Entry], baseline: Path | None) -> tuple[str | None, list[str]]:
-    """Fills in intervals and p-values.
-
-    Returns what all are compared to, `baseline` or else the best, and those that were scored on other inputs.
-    """
-    scored = [entry for entry in entries if entry.texts]
-    if not scored:
-        return None, []
-    against = Texts.of(baseline) if baseline is not None else None
-    if baseline is not None and not baseline.is_dir():
-        raise UserError("--baseline", f"{baseline}: there is no such folder", "give that of a scored run")
-    if baseline is not None and against is None:
-        raise UserError("--baseline", f"{baseline} holds no hypotheses.txt", "decode and score it first")
-    first = against or scored[0].texts
-    assert first is not None
-    alike = [entry for entry in scored if entry.texts and entry.texts.references == first.references]
-    others = [entry for entry in scored if entry not in alike]
-    if against is not None and not alike:
-        what = f"{baseline} was scored on other inputs than {scored[0].folder}"
-        raise UserError("--baseline", what, "decode both with the same data, split and limit")
-    _fill_in(alike, first.references, against)
-    for entry in others:
-        assert entry.texts is not None
-        _fill_in([entry], entry.texts.references)
-    compared = str(baseline) if baseline is not None else (scored[0].name if len(alike) > 1 else None)
-    return compared, [entry.name for entry in others]
-
-
-def _fill_in(
-    entries: Sequence[Entry], references: Sequence[Sequence[str]], against: Texts | None = None
-) -> None:
-    """Intervals, and p-values against `against` or the first, of what was scored on the same inputs."""
-    systems = [entry.texts.predictions for entry in entries if entry.texts]
-    if against is not None:
-        systems.append(against.predictions)
-    of_webnlg = "ter" in entries[0].values  # E2E has no TER, whatever the settings call the corpus
-    found = (webnlg_statistics if of_webnlg else e2e_statistics)(systems, references)
-    reference = found[-1] if against is not None else found[0]
-    for entry, of_each in zip(entries, found, strict=False):
-        for metric, one in of_each.items():
-            entry.intervals[metric] = significance.interval(significance.resampled(one))
-            if metric in reference and one is not reference[metric]:
-                entry.p_values[metric] = significance.p_value(one, reference[metric])
 
 
 def _differences(of_each: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
@@ -221,7 +89,7 @@ def _differences(of_each: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, s
 
     Those in which jobs differ come first.
     """
-    usual = settings.composed([]).decisive()
+    usual = composed([]).decisive()
     found = []
     for name in dict.fromkeys(name for one in of_each for name in one):
         values = list(dict.fromkeys(json.dumps(one.get(name)) for one in of_each))

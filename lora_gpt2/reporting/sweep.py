@@ -94,8 +94,9 @@ def points(runs: Mapping[Path, Mapping[str, Any]], by: str | None = None) -> lis
 
 def deciding(of_each: Sequence[Mapping[str, Any]]) -> str | None:
     """The metric that tells which is best: BLEU where all have it, else the validation loss."""
-    found = [name for name in ("bleu", LOSS) if all(name in values for values in of_each)]
-    return found[0] if found else next((LOSS for values in of_each if LOSS in values), None)
+    if of_each and all("bleu" in values for values in of_each):
+        return "bleu"
+    return LOSS if any(LOSS in values for values in of_each) else None
 
 
 def is_table_18(settings: Mapping[str, Any]) -> bool:

@@ -60,7 +60,7 @@ class LastCheckpoint(Checkpoint):
         """That which any process got, as all of them know behind a step."""
         self._before: dict[int, Any] = {}
         self._step, self._due, self._saved = 0, False, False
-        self._leaves: SystemExit | None = None
+        self._exit: SystemExit | None = None
         self._agreed: Callable[[int], int] = lambda told: told
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -120,12 +120,12 @@ class LastCheckpoint(Checkpoint):
         if stopped.name.startswith("SIGUSR") and callable(before):
             before(self._stops_by, None)
         # in peace on other processes: Lightning kills the first where another fails
-        self._leaves = stopped if trainer.is_global_zero else SystemExit(0)
+        self._exit = stopped if trainer.is_global_zero else SystemExit(0)
 
     def _leave(self) -> None:
         """Where a step is over, and logged."""
-        if self._leaves is not None:
-            raise self._leaves
+        if self._exit is not None:
+            raise self._exit
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restore()

@@ -1,6 +1,5 @@
 """What a training checks of itself: faults that would otherwise give wrong weights without a word."""
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lora_gpt2.data.batches import Batch
 from lora_gpt2.data.module import DataToText
@@ -17,12 +17,13 @@ from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.lora import MergedLinear
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
+from lora_gpt2.weights.store import digest
 
 _TOKENS = 8
 """So many stand for all where two models are compared."""
 
-_SHARE = 1e-3
-"""By how much of the largest logit an adapter that was not trained may change one: rounding."""
+ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
+"""The share of the largest logit by which two ways to the same logits may differ, by the weights' type."""
 
 
 class Guards(Callback):
@@ -130,8 +131,7 @@ def _check_start(name: str, model: GPT2LMModel) -> None:
         base = model.lm_head(model.transformer.hidden_states(ids)).float()
     model.train(was)
     difference, largest = float((adapted - base).abs().max()), float(base.abs().max())
-    rounding = _SHARE if model.transformer.wte.weight.dtype is torch.float32 else 0.05
-    if not difference <= rounding * largest:
+    if not difference <= ROUNDING[model.transformer.wte.weight.dtype] * largest:
         what = f"{name} before any step the adapter changes logits by {difference:.3g}".lstrip()
         raise UserError("callbacks.guards", what, "look at the base for values that are not finite")
 
@@ -180,11 +180,5 @@ def _check_ranks(trainer: Trainer, module: LightningModule) -> None:
 
 def _digest(model: GPT2LMModel, trains: bool) -> str:
     """Of the weights that train, or of those that do not, as they lie on this device."""
-    digest = hashlib.sha256()
-    for name, value in model.named_parameters():
-        if value.requires_grad is trains:
-            local = value.to_local() if hasattr(value, "to_local") else value
-            flat = local.detach().cpu().contiguous().view(-1)
-            digest.update(name.encode())
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    chosen = {name: one for name, one in model.named_parameters() if one.requires_grad is trains}
+    return digest({n: one.to_local() if isinstance(one, DTensor) else one for n, one in chosen.items()})

@@ -61,21 +61,22 @@ class Description:
 
 def base_hash(model: GPT2LMModel) -> str:
     """`weights_hash` of the unmerged base alone."""
-    return _hash({name: value for name, value in model.weights().items() if not is_lora(name)})
+    return digest({name: value for name, value in model.weights().items() if not is_lora(name)})
 
 
 def weights_hash(model: GPT2LMModel) -> str:
-    """SHA-256 over names, shapes, types and bytes of the weights as they are."""
-    return _hash(model.weights())
+    """`digest` of the weights as they are."""
+    return digest(model.weights())
 
 
-def _hash(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, shapes, types and bytes."""
+    told = hashlib.sha256()
     for name, value in sorted(weights.items()):
         value = value.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        told.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        told.update(value.view(-1).view(torch.uint8).numpy().data)
+    return told.hexdigest()
 
 
 def save_model(path: Path, model: GPT2LMModel, description: Description) -> None:
@@ -157,9 +158,10 @@ def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
         return _description(path, file.metadata() or {}), tensors
 
 
-def read_pickle(path: Path) -> dict[str, Any]:
+def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The dict in a .pt, .bin or .ckpt file, read as plain values: no code in it is ever run.
 
+    `mmap`: tensors stay in the file, which torch.save must have written in its present form.
     Raises UserError for a file that is missing, cut short, or holds anything else.
     """
     if not path.is_file():
@@ -167,7 +169,7 @@ def read_pickle(path: Path) -> dict[str, Any]:
     if fault := _archive_fault(path):
         raise UserError(path, fault, "take another copy, or write it again")
     try:
-        values: Any = torch.load(path, map_location="cpu", weights_only=True)
+        values: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = "is no file of plain tensors, nothing in it was run"

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from hydra.errors import HydraException
 
-from lora_gpt2.settings import ConfigError
+from lora_gpt2.gate import ConfigError
 from tests.conftest import settings_of
 
 ROOT = Path(__file__).parents[2]

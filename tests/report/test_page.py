@@ -11,7 +11,7 @@ from lora_gpt2 import jobs, runs
 from lora_gpt2.errors import UserError
 from lora_gpt2.evaluation.scorer import score_by_part, scores_as_dict
 from lora_gpt2.files import write_json
-from lora_gpt2.report import page, pictures
+from lora_gpt2.report import entries, page, pictures
 
 
 @pytest.fixture
@@ -101,13 +101,13 @@ def test_intervals_are_of_the_metrics_that_were_scored(tmp_path, swept):
     """WebNLG's rows may come as data=jsonl: BLEU is then in percent, and TER and chrF++ stand beside it."""
     folder = tmp_path / "0"
     shutil.copytree(swept / "0", folder)
-    texts = page.Texts.of(folder)
+    texts = entries.Texts.of(folder)
     parts = ["all"] * len(texts.predictions)
     by_part = score_by_part(texts.predictions, texts.references, parts)
     scores = {part: scores_as_dict(values, texts.references) for part, values in by_part.items()}
     write_json(folder / "scores.json", scores)
-    (entry,) = page._entries(folder, {folder: "0"})
-    page._compare([entry], None)
+    (entry,) = entries.entries_of(folder, {folder: "0"})
+    entries.compare([entry], None)
     assert {"bleu", "ter", "chrf"} <= entry.intervals.keys()
     for metric, (low, high) in entry.intervals.items():
         assert low <= entry.values[metric] <= high, metric

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.gate import ConfigError
 from lora_gpt2.model import parts
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.side_by_side import SideBySide
-from lora_gpt2.settings import ConfigError
 from lora_gpt2.weights.store import read_weights
 from tests.conftest import settings_of, train
 from tests.training.test_resume import Killed
