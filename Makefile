@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-browser test-corpora test-slow clean
+.PHONY: demo test test-browser test-corpora test-slow lock clean
 
 demo: .venv/installed
 	$(BIN)/lora-gpt2 demo
@@ -29,6 +29,16 @@ test-slow: .venv/installed-test
 test-browser: .venv/installed-test
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[browser]"
 	$(BIN)/pytest -m browser
+
+# The versions that the tests have passed with: with hashes for pip --require-hashes, and without for an
+# editable installation. Pins stay as they are while they fit; UPGRADE=--upgrade takes the newest.
+UPGRADE ?=
+LOCK := uv pip compile pyproject.toml --universal --python-version 3.10 --all-extras --quiet \
+	--no-annotate --custom-compile-command "make lock" $(UPGRADE)
+
+lock:
+	$(LOCK) --generate-hashes --output-file requirements.lock
+	$(LOCK) --output-file constraints.txt --constraint requirements.lock
 
 .venv/bin/python:
 	@echo "Making .venv with $$($(PYTHON) --version)"

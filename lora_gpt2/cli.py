@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.files import UNWRITABLE, unwritable
 from lora_gpt2.sweep_cli import app as sweep
 
 app = typer.Typer(
@@ -361,6 +362,10 @@ def main() -> None:
         app()
     except UserError as error:
         sys.exit(f"lora-gpt2: {error}")
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        sys.exit(f"lora-gpt2: {unwritable(error)}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.errors import UserError
+from lora_gpt2.files import UNWRITABLE, unwritable
 from lora_gpt2.model.settings import LoraSettings, ModelSettings
 from lora_gpt2.settings import TOGETHER, GenerateSettings, TrainSettings
 from lora_gpt2.training.config import OptimizerSettings
@@ -108,7 +109,7 @@ def user_errors() -> Iterator[None]:
 
 @contextmanager
 def told_in_a_line(script: str) -> Iterator[None]:
-    """Says what Hydra finds wrong with the command line of `script` in one line, and exits with 1.
+    """Says in one line what Hydra finds wrong with the command line of `script`, or the disk; exits with 1.
 
     Where HYDRA_FULL_ERROR is set, the whole traceback is shown, as Hydra does.
     """
@@ -120,6 +121,11 @@ def told_in_a_line(script: str) -> Iterator[None]:
         if not os.environ[_IN_A_LINE]:
             raise
         print(_in_a_line(script, str(error).strip()), file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno not in UNWRITABLE or not os.environ[_IN_A_LINE]:
+            raise
+        print(unwritable(error), file=sys.stderr)
         raise SystemExit(1) from None
 
 

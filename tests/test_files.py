@@ -1,9 +1,13 @@
+import errno
 import hashlib
+import os
 
 import pytest
 
+from lora_gpt2 import cli
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import read_json, read_text, replacing, sha256, write_json
+from lora_gpt2.gate import told_in_a_line
 
 
 def half(path) -> None:
@@ -42,3 +46,17 @@ def test_a_folder_is_no_text(tmp_path):
 def test_the_hash_is_that_of_all_bytes(tmp_path):
     (tmp_path / "a").write_bytes(bytes(3_000_000))
     assert sha256(tmp_path / "a") == hashlib.sha256(bytes(3_000_000)).hexdigest()
+
+
+def test_a_fault_of_the_disk_is_a_line_wherever_it_happens(monkeypatch, capsys):
+    """Also where Hydra, or a library, was writing."""
+    monkeypatch.setenv("LORA_GPT2_IN_A_LINE", "1")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(SystemExit), told_in_a_line("train"):
+        raise OSError(errno.ENOSPC, "No space left on device", "/a/b")
+    assert capsys.readouterr().err == "/a/b: No space left on device; make room\n"
+    with pytest.raises(FileNotFoundError), told_in_a_line("train"):
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b")
+    monkeypatch.setattr(cli, "app", lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(SystemExit, match="lora-gpt2: a file: No space left on device; make room"):
+        cli.main()

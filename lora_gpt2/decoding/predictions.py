@@ -10,6 +10,7 @@ from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import IO, Any, cast
+from zlib import crc32
 
 from lightning import LightningModule
 from torch import nn
@@ -173,7 +174,7 @@ class Parts:
             self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (stays open)
             if not whole:
                 self._file.write(self._header.decode())
-        self._file.write(json.dumps([number, outputs]) + "\n")
+        self._file.write(json.dumps([number, outputs, _sum(number, outputs)]) + "\n")
         self._file.flush()
 
     def outputs(self, number: int) -> list[Hypothesis]:
@@ -189,7 +190,7 @@ class Parts:
             path.unlink()
 
     def _index(self, path: Path) -> None:
-        """A line that does not hold outputs counts as not there: they are decoded again."""
+        """A line that is damaged, or holds no outputs, counts as not there: they are decoded again."""
         with open(path, "rb") as file:
             header = file.readline()
             if not header.endswith(b"\n"):
@@ -205,9 +206,15 @@ class Parts:
 
 
 def _parsed(line: bytes) -> tuple[int, list[Hypothesis]]:
-    """Number and outputs of a query. Raises ValueError or TypeError for another line."""
-    number, outputs = json.loads(line)
+    """Number and outputs of a query. Raises ValueError or TypeError for another line, or a damaged one."""
+    number, outputs, expected = json.loads(line)
+    if _sum(number, outputs) != expected:
+        raise ValueError("the line is not what was written")
     return int(number), [Hypothesis(*values) for values in outputs]
+
+
+def _sum(number: int, outputs: Sequence[Sequence[Any]]) -> int:
+    return crc32(json.dumps([number, outputs]).encode())
 
 
 def write_predictions(

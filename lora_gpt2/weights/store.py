@@ -53,6 +53,8 @@ class Description:
     seed: int = 0
     notes: dict[str, Any] = field(default_factory=dict)
     """Anything else worth keeping, e.g. steps and validation loss."""
+    sha256: str = ""
+    """`digest` of the tensors in the file, put there when it is written."""
 
     @property
     def gpt2_config(self) -> GPT2Config:
@@ -93,8 +95,9 @@ def save_adapter(path: Path, model: GPT2LMModel, description: Description) -> No
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
-    metadata = {"format": "pt", "lora-gpt2": json.dumps({"format": FORMAT, **asdict(description)})}
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    told = {"format": FORMAT, **asdict(description), "sha256": digest(values)}
+    metadata = {"format": "pt", "lora-gpt2": json.dumps(told)}
     with replacing(path) as temporary:
         save_file(values, temporary, metadata)
         _sort_metadata(temporary)
@@ -151,11 +154,15 @@ def read_description(path: Path) -> Description | None:
 def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
     """Description and tensors of a safetensors file; no description: the file is not one of ours.
 
-    Raises UserError for a file that is missing, cut short, or of a newer format.
+    Raises UserError for a file that is missing, cut short, damaged, or of a newer format.
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
-        return _description(path, file.metadata() or {}), tensors
+        description = _description(path, file.metadata() or {})
+    if description and description.sha256 and description.sha256 != digest(tensors):
+        what = "is damaged: its weights are not those that were written"
+        raise UserError(path, what, "take another copy, or write it again")
+    return description, tensors
 
 
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:

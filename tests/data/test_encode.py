@@ -1,7 +1,8 @@
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -141,8 +142,8 @@ def test_a_failure_leaves_nothing_in_the_cache(tmp_path, raw):
 
 
 def test_many_may_encode_at_once(tmp_path, raw):
-    with ThreadPoolExecutor(8) as pool:
-        waiting = [pool.submit(encoded, "e2e", raw, "corpus:280", tmp_path / "cache") for _ in range(8)]
+    with ProcessPoolExecutor(4, get_context("spawn")) as pool:
+        waiting = [pool.submit(encoded, "e2e", raw, "corpus:280", tmp_path / "cache") for _ in range(12)]
         (folder,) = {result.result() for result in waiting}
     assert list((tmp_path / "cache").iterdir()) == [folder]
     assert len(list(read_rows(folder / "train.jsonl"))) == 3

@@ -91,6 +91,16 @@ def test_a_damaged_line_is_decoded_again(tmp_path, damage):
     assert Parts(tmp_path, "f").finished == {0, 2, 3}
 
 
+def test_another_digit_makes_a_damaged_line(tmp_path):
+    parts_of(tmp_path, 1, 1)
+    path = tmp_path / ".part-0.jsonl"
+    header, line = path.read_bytes().splitlines()
+    for at in (place for place, byte in enumerate(line) if chr(byte).isdigit()):
+        other = line[:at] + (b"7" if line[at:][:1] != b"7" else b"8") + line[at + 1 :]
+        path.write_bytes(b"\n".join([header, other, b""]))
+        assert not Parts(tmp_path, "f").finished, other
+
+
 @pytest.mark.parametrize("header", [b"hello", b"", b"\xff", b"[]"])
 def test_a_file_of_another_kind_is_refused(tmp_path, header):
     (tmp_path / ".part-0.jsonl").write_bytes(header + b"\n")

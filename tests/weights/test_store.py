@@ -9,7 +9,15 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights import store
-from lora_gpt2.weights.store import Description, base_hash, find, read_weights, save_adapter, save_model
+from lora_gpt2.weights.store import (
+    Description,
+    base_hash,
+    digest,
+    find,
+    read_weights,
+    save_adapter,
+    save_model,
+)
 
 IDS = torch.tensor([[1, 5, 9, 2], [3, 3, 0, 7]])
 
@@ -25,7 +33,9 @@ def model() -> GPT2LMModel:
 
 
 def description(model: GPT2LMModel, kind: str) -> Description:
-    return Description(kind, "tiny", model.config.to_dict(), "tokens", base_hash(model), "there", 3, {"a": 1})
+    return Description(
+        kind, "tiny", model.config.to_dict(), "tokens", base_hash(model), "there", seed=3, notes={"a": 1}
+    )
 
 
 def test_a_model_and_an_adapter_come_back_bit_for_bit(tmp_path, model):
@@ -34,7 +44,7 @@ def test_a_model_and_an_adapter_come_back_bit_for_bit(tmp_path, model):
         save = save_adapter if kind == "adapter" else save_model
         save(tmp_path / kind, model, description(model, kind))
         found, tensors = read_weights(tmp_path / kind)
-        assert found == description(model, kind)
+        assert found == replace(description(model, kind), sha256=digest(tensors))
         assert all(("lora_" in name) == (kind == "adapter") for name in tensors)
         twin.load_weight(tensors)
     assert torch.equal(model(IDS)[0], twin(IDS)[0])
@@ -45,7 +55,8 @@ def test_the_same_weights_are_the_same_bytes(tmp_path, model):
     for number in range(20):  # metadata in any order would be in another one by then
         save_model(tmp_path / f"{number}.safetensors", model, about)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-    assert read_weights(tmp_path / "0.safetensors")[0] == about
+    found, tensors = read_weights(tmp_path / "0.safetensors")
+    assert found == replace(about, sha256=digest(tensors))
 
 
 def test_the_hash_sees_one_bit_of_the_base_and_nothing_of_the_update(model):
@@ -63,6 +74,17 @@ def test_a_file_cut_short_is_refused(tmp_path, model, kept):
     save_model(path, model, description(model, "model"))
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(UserError, match=r"model.safetensors: is not a whole safetensors file"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("at", [-1, -3000])
+def test_a_damaged_file_is_refused(tmp_path, model, at):
+    path = tmp_path / "model.safetensors"
+    save_model(path, model, description(model, "model"))
+    held = bytearray(path.read_bytes())
+    held[at] ^= 1
+    path.write_bytes(held)
+    with pytest.raises(UserError, match=r"model.safetensors: is damaged: its weights are not those"):
         read_weights(path)
 
 
