@@ -23,6 +23,7 @@ test-corpora: .venv/installed-test
 	$(BIN)/pytest -m corpora
 
 test-slow: .venv/installed-test
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[fuzz]"
 	$(BIN)/pytest -m slow
 
 # The pages in Chromium; CHROMIUM=PATH where it is not found by itself.

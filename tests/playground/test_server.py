@@ -54,6 +54,8 @@ def test_it_answers(address):
     assert len(json.loads(told)["outputs"]) == 2
     status, told = answer(address, "GET", "/about")
     assert json.loads(told)["adapters"][0] == "adapter"
+    status, told = answer(address, "GET", "/openapi.json")
+    assert json.loads(told)["paths"].keys() == {"/about", "/decode"}
 
 
 @pytest.mark.parametrize(
