@@ -78,10 +78,26 @@ def composed(overrides: list[str]) -> TrainSettings:
     try:
         with initialize_config_module("configs", version_base="1.3"):
             return resolve(compose("train", overrides), TrainSettings)
-    except HydraException as error:
+    except Exception as error:
+        if not _of_hydra(error):
+            raise
         raise UserError("settings", str(error).strip(), "see python train.py --help") from None
     finally:
         restore_gh_from_backup(running)
+
+
+def _of_hydra(error: Exception) -> bool:
+    """Whether it finds fault with settings: Hydra raises many kinds, such as ValueError for ``lora=4``."""
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    inside = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
+    return isinstance(error, HydraException) or inside.split(".")[0] in (
+        "hydra",
+        "omegaconf",
+        "antlr4",
+        "yaml",
+    )
 
 
 def resolve(cfg: DictConfig, schema: type[S]) -> S:
@@ -117,20 +133,23 @@ def told_in_a_line(script: str) -> Iterator[None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would tell it itself, in many
     try:
         yield
-    except HydraException as error:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            told = str(unwritable(error))
+        elif _of_hydra(error):
+            told = _in_a_line(script, str(error).strip())
+        else:
+            raise
         if not os.environ[_IN_A_LINE]:
             raise
-        print(_in_a_line(script, str(error).strip()), file=sys.stderr)
-        raise SystemExit(1) from None
-    except OSError as error:
-        if error.errno not in UNWRITABLE or not os.environ[_IN_A_LINE]:
-            raise
-        print(unwritable(error), file=sys.stderr)
+        print(told, file=sys.stderr)
         raise SystemExit(1) from None
 
 
 def _in_a_line(script: str, told: str) -> str:
     """Hydra's words for a key or an option that is none, as ours are."""
+    if told.startswith("Config group override must be"):
+        return f"a group takes the name of an option, as in lora=qv; see python {script}.py --help"
     if found := re.match(r"Could not override '([^']+)'", told):
         path, _, key = found[1].rpartition(".")
         with initialize_config_module("configs", version_base="1.3"):

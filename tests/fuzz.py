@@ -28,6 +28,13 @@ def _drain(read: Callable[[Path], Iterable[object]]) -> Read:
     return lambda path: sum(1 for _ in read(path))
 
 
+def _compose(path: Path) -> object:
+    """The settings that a line of the file each would override."""
+    from lora_gpt2.gate import composed
+
+    return composed(path.read_text(errors="replace").splitlines())
+
+
 def targets() -> dict[str, tuple[str, Read, list[bytes]]]:
     """By name: how the file is called, what reads it, and valid ones to begin with."""
     import torch
@@ -74,6 +81,9 @@ def targets() -> dict[str, tuple[str, Read, list[bytes]]]:
         "settings": ("a.json", lambda path: read_json(path, "x"), [b'{"a": [1, 2.5, null, "b"]}']),
         "references": ("a.txt", read_references, [b"one\ntwo\n\nthree\n"]),
         "predictions": ("a.txt", read_predictions, [b"one\ntwo\n"]),
+        "command line": ("a.txt", _compose,
+                         [b"lora=qv\nlora.rank=4\n", b"model=gpt2.sm\n~callbacks.guards\nlora.targets=[q]\n",
+                          b"optimizer.lr=1e-3\ndata.root='a b'\npoint={seed: 2}\nlora.rank=4\n"]),
     }  # fmt: skip
 
 
@@ -92,6 +102,8 @@ def fuzz(name: str, inputs: int) -> None:
     corpus.mkdir()
     for number, seed in enumerate(seeds):
         (corpus / str(number)).write_bytes(seed)
+        path.write_bytes(seed)
+        read(path)  # whatever it imports is imported by then
 
     def one(data: bytes) -> None:
         path.write_bytes(data)

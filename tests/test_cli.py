@@ -101,6 +101,7 @@ def test_the_demonstration_improves_every_score(tmp_path):
         ("train", "lora.ranks=1", "lora.ranks: no such setting, did you mean lora.rank?"),
         ("train", "serd=1", "serd: no such setting, did you mean seed?"),
         ("train", "logger=wnadb", "logger: there is no wnadb, did you mean logger=wandb?"),
+        ("train", "lora=4", "a group takes the name of an option, as in lora=qv; see python train.py --help"),
         ("generate", "decoding.beam=1", "decoding.beam: no such setting, did you mean decoding.beam_size?"),
         ("train", "score=none", "score must be train, valid or test, or null, not none"),
     ],
