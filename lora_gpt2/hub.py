@@ -1,10 +1,12 @@
 """One file of a repository on the model hub: from the local cache, else over the network, else an error."""
 
 import contextlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora_gpt2.errors import UserError
+from lora_gpt2.files import sha256
 
 SECONDS = 5.0
 """How long the hub may take to answer."""
@@ -15,12 +17,24 @@ def fetch(
 ) -> Path:
     """The local path of the file, the first of `names` that the repository has.
 
-    Raises UserError, with `where` and `do`, when none is had.
+    `repository` may end in ``@`` and a commit, branch or tag. Raises UserError, with `where` and `do`, when
+    none is had, or what is had is not what the hub holds.
     """
+    repository, _, named = repository.partition("@")
+    names = [names] if isinstance(names, str) else names
+    path = _fetched(repository, names, where, do, named or revision)
+    told = path.resolve().name  # in the cache a large file is called by its SHA-256
+    if re.fullmatch("[0-9a-f]{64}", told) and sha256(path) != told:
+        raise UserError(
+            path, "is not what the hub holds: its SHA-256 differs", "delete it, to fetch it again"
+        )
+    return path
+
+
+def _fetched(repository: str, names: Sequence[str], where: str, do: str, revision: str | None) -> Path:
     import huggingface_hub as hub  # slow to import, and needed only without local files
     import huggingface_hub.errors
 
-    names = [names] if isinstance(names, str) else names
     try:
         for name in names:
             with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
@@ -36,7 +50,7 @@ def fetch(
         raise UserError(where, f"{name} of {repository} could not be fetched ({error})", do) from None
     except hub.errors.EntryNotFoundError:
         if len(names) > 1:
-            return fetch(repository, names[1:], where, do, revision)
+            return _fetched(repository, names[1:], where, do, revision)
         raise UserError(where, f"the repository {repository} has no {name}", do) from None
     except Exception as error:
         if not _comes_from_the_hub(error):

@@ -57,6 +57,12 @@ def test_the_adapter_finds_its_base_and_tokenizer_again(run):
     assert all(layer.merged for layer in model.lora_layers())
 
 
+@pytest.mark.parametrize(("warmup", "rises"), [(2, False), (6, False), (7, True)])
+def test_a_rate_that_never_reaches_its_top_is_told(tmp_path, tiny, capsys, warmup, rises):
+    train(tmp_path, *tiny, "trainer.max_epochs=1", f"optimizer.warmup_steps={warmup}")
+    assert ("the rate still rises at the last step" in capsys.readouterr().out) == rises
+
+
 def test_two_processes_train_and_decode_completely_and_in_order(tmp_path, run, tiny_corpus):
     two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
     adapter = [f"base={run / 'base'}", "lora=qv", "lora.dropout=0", "data=jsonl", f"data.root={tiny_corpus}",

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from lora_gpt2.data.batches import Batch
 from lora_gpt2.data.config import DataSettings
@@ -58,6 +59,10 @@ class Progress(Callback):
             highest = max(group["initial_lr"] for group in trainer.optimizers[0].param_groups)
             steps = int(trainer.estimated_stepping_batches)
             _say(f"  {steps:,} steps of {rows} rows on {devices}, learning rate up to {highest:.1e}")
+            schedule = trainer.lr_scheduler_configs[0].scheduler
+            courses = schedule.lr_lambdas if isinstance(schedule, LambdaLR) else []
+            if any(course(steps - 1) < course(steps) < 1 for course in courses):
+                _say("  note: the rate still rises at the last step; lower optimizer.warmup_steps")
 
     def on_train_batch_end(
         self,
