@@ -91,13 +91,8 @@ def _of_hydra(error: Exception) -> bool:
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next
-    inside = frame.tb_frame.f_globals.get("__name__", "") if frame else ""
-    return isinstance(error, HydraException) or inside.split(".")[0] in (
-        "hydra",
-        "omegaconf",
-        "antlr4",
-        "yaml",
-    )
+    where = str(frame.tb_frame.f_globals.get("__name__")) if frame else ""
+    return isinstance(error, HydraException) or where.startswith(("hydra.", "omegaconf.", "antlr4.", "yaml."))
 
 
 def resolve(cfg: DictConfig, schema: type[S]) -> S:

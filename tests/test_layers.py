@@ -12,7 +12,8 @@ import lora_gpt2
 PACKAGE = Path(lora_gpt2.__file__).parent
 LAYERS = [
     {"errors"},
-    {"files", "hub", "memory"},
+    {"files", "memory"},
+    {"hub"},
     {"model"},
     {"weights"},
     {"data"},

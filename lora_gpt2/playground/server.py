@@ -7,9 +7,7 @@ come from this page, and be JSON.
 import json
 import socket
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import anyio
 import uvicorn
@@ -24,6 +22,7 @@ from starlette.routing import Route
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.playground.models import Playground
+from lora_gpt2.playground.openapi import described
 
 HOST = "127.0.0.1"
 
@@ -32,16 +31,6 @@ _BYTES, _SECONDS, _WAITING = 64 * 1024, 10, 8
 
 _FILES = {"/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascript"),
           "/page.css": ("page.css", "text/css")}  # fmt: skip
-
-_REFUSALS = {
-    400: "No JSON",
-    403: "A page of another site asks",
-    408: "Sent too slowly",
-    413: "Too long",
-    415: "Not said to be JSON",
-    422: "Something in it is wrong",
-    503: "Others are waiting already, or it took too long",
-}
 
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
@@ -56,10 +45,10 @@ _HEADERS = {
 def application(playground: Playground) -> Starlette:
     """GET / is the page, GET /about what it offers, GET /openapi.json how to ask; POST /decode asks."""
     turn, waiting = anyio.Lock(), anyio.CapacityLimiter(_WAITING)
-    described = schema(playground)
+    offered = described(playground)
 
     async def openapi(request: Request) -> Response:
-        return JSONResponse(described, headers=_HEADERS)
+        return JSONResponse(offered, headers=_HEADERS)
 
     async def about(request: Request) -> Response:
         return JSONResponse(playground.about(), headers=_HEADERS)
@@ -96,49 +85,6 @@ def application(playground: Playground) -> Starlette:
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])],
         exception_handlers={HTTPException: failed, Exception: failed},
     )
-
-
-def schema(playground: Playground) -> dict[str, Any]:
-    """The two requests for programs, as OpenAPI 3.1."""
-    offered = playground.about()
-    numbers = {
-        name: {
-            "type": "integer" if one["step"] == 1 else "number",
-            "minimum": one["min"],
-            "maximum": one["max"],
-        }
-        for name, one in offered["decoding"].items()
-    }
-    asked = {
-        "type": "object",
-        "required": ["input", "adapter"],
-        "properties": {
-            "input": {"type": "string", "minLength": 1},
-            "adapter": {"enum": offered["adapters"]},
-            "decoding": {"type": "object", "properties": numbers, "additionalProperties": False},
-        },
-        "additionalProperties": False,
-    }
-    answers = {"200": ("Outputs, best first", ["outputs", "tree", "seconds"])}
-    answers |= {str(status): (why, ["error"]) for status, why in _REFUSALS.items()}
-    about = {"200": ("What can be asked", list(offered))}
-    decode = {"requestBody": {"required": True, **_json(asked)}, "responses": _responses(answers)}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "lora-gpt2", "version": version("lora-gpt2")},
-        "paths": {"/about": {"get": {"responses": _responses(about)}}, "/decode": {"post": decode}},
-    }
-
-
-def _responses(told: dict[str, tuple[str, list[str]]]) -> dict[str, Any]:
-    return {
-        status: {"description": what, **_json({"type": "object", "required": keys})}
-        for status, (what, keys) in told.items()
-    }
-
-
-def _json(described: dict[str, Any]) -> dict[str, Any]:
-    return {"content": {"application/json": {"schema": described}}}
 
 
 def serve(playground: Playground, port: int, told: Callable[[str], None]) -> None:
