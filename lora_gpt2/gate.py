@@ -81,7 +81,7 @@ def composed(overrides: list[str]) -> TrainSettings:
     except Exception as error:
         if not _of_hydra(error):
             raise
-        raise UserError("settings", str(error).strip(), "see python train.py --help") from None
+        raise UserError("settings", _told(error), "see python train.py --help") from None
     finally:
         restore_gh_from_backup(running)
 
@@ -132,13 +132,21 @@ def told_in_a_line(script: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in UNWRITABLE:
             told = str(unwritable(error))
         elif _of_hydra(error):
-            told = _in_a_line(script, str(error).strip())
+            told = _in_a_line(script, _told(error))
         else:
             raise
         if not os.environ[_IN_A_LINE]:
             raise
         print(told, file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _told(error: Exception) -> str:
+    """What it says; of a value of the wrong kind Hydra leaves out why."""
+    told = str(error).strip()
+    if told.startswith(bad := "Error merging override ") and error.__cause__:
+        return f"{told.removeprefix(bad)}: {str(error.__cause__).splitlines()[0]}"
+    return told
 
 
 def _in_a_line(script: str, told: str) -> str:

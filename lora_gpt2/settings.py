@@ -118,7 +118,9 @@ class TrainSettings:
         lists = {key: value for key in TOGETHER if isinstance(value := _get(self, key), list)}
         if not lists:
             return {"": self}
-        if len(set(map(len, lists.values()))) > 1 or not all(lists.values()):
+        if empty := [key for key, values in lists.items() if not values]:
+            raise ValueError(f"{empty[0]} is an empty list: one value for each adapter was expected")
+        if len(set(map(len, lists.values()))) > 1:
             lengths = ", ".join(f"{key} {len(values)}" for key, values in lists.items())
             raise ValueError(f"lists for several adapters need one length, here: {lengths}")
         if several := len(next(iter(lists.values()))) > 1:

@@ -240,4 +240,7 @@ def find(source: str | Path, file_name: str) -> Path:
     if (path / file_name).is_file():
         return path / file_name
     kind = "an adapter" if file_name == ADAPTER_FILE else "a model"
-    raise UserError(path, f"holds no {file_name}", f"give the folder of a run that trained {kind}")
+    do = f"give the folder of a run that trained {kind}"
+    if inside := sorted(str(one.parent) for one in path.glob(f"*/{file_name}")):
+        do = f"give one of {', '.join(inside)}"
+    raise UserError(path, f"holds no {file_name}", do)

@@ -143,7 +143,7 @@ def test_other_adapters_do_not_resume_the_run(tmp_path, tiny, base):
     [
         (["lora.rank=[1,2]", "seed=[1,2,3]"], "need one length, here: lora.rank 2, seed 3"),
         (["lora.rank=[1,0]"], "lora.rank must be above 0 for each of several adapters"),
-        (["lora.rank=[]"], "need one length, here: lora.rank 0"),
+        (["lora.rank=[]"], "lora.rank is an empty list"),
         (["lora.rank=[2,2]"], "two of several adapters at once are the same"),
         (["lora.rank=[1,two]"], "lora.rank must be a whole number, or a list"),
         (["lora.rank=four"], "lora.rank must be a whole number, or a list"),

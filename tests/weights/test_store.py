@@ -117,6 +117,14 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, model, monkeypatch):
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
 
 
+def test_the_folder_of_several_adapters_names_theirs(tmp_path):
+    for rank in "12":
+        (tmp_path / f"lora.rank-{rank}").mkdir()
+        (tmp_path / f"lora.rank-{rank}" / "adapter.safetensors").touch()
+    with pytest.raises(UserError, match=r"give one of \S+/lora.rank-1, \S+/lora.rank-2$"):
+        find(tmp_path, "adapter.safetensors")
+
+
 def test_a_folder_without_the_file_says_what_it_lacks(tmp_path):
     with pytest.raises(
         UserError, match=r"holds no adapter.safetensors; give the folder of a run that trained"
