@@ -30,7 +30,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     except (FileExistsError, NotADirectoryError):
         raise UserError(path.parent, "is a file, a folder was expected", "give another name") from None
     except OSError as error:
-        raise unwritable(error, path) from None
+        raise _unwritable(path, error) from None
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -39,9 +39,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        if error.errno not in _UNWRITABLE:
             raise
-        raise unwritable(error, path) from None
+        raise _unwritable(path, error) from None
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -62,7 +62,7 @@ def first_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
-UNWRITABLE = {
+_UNWRITABLE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room",
     errno.EFBIG: "raise the limit on a file's size",
@@ -74,13 +74,17 @@ UNWRITABLE = {
 """Faults of a disk, not of the program, and what to do."""
 
 
-def unwritable(error: OSError, path: Path | None = None) -> UserError:
-    """What is told of a disk's fault while `path` was written, which is kept as it was; None: anywhere."""
-    do = UNWRITABLE.get(error.errno or 0, "give another folder")
-    if path is None:
-        return UserError(error.filename or "a file", str(error.strerror), do)
+def _unwritable(path: Path, error: OSError) -> UserError:
     kept = "; what was there is kept" if path.exists() else ""
-    return UserError(path, f"cannot be written ({error.strerror}){kept}", do)
+    what = f"cannot be written ({error.strerror}){kept}"
+    return UserError(path, what, _UNWRITABLE.get(error.errno or 0, "give another folder"))
+
+
+def disk_fault(error: Exception) -> UserError | None:
+    """What is told of a disk that is full or may not be written, whoever met it; None: another fault."""
+    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE:
+        return None
+    return UserError(error.filename or "a file", str(error.strerror), _UNWRITABLE[error.errno])
 
 
 @contextmanager
@@ -99,7 +103,7 @@ def locked(folder: Path) -> Iterator[None]:
     except Timeout:
         raise UserError(folder, "another run writes there", "wait for it, or give another folder") from None
     except OSError as error:
-        raise unwritable(error, folder) from None
+        raise _unwritable(folder, error) from None
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import UNWRITABLE, unwritable
+from lora_gpt2.files import disk_fault
 from lora_gpt2.model.settings import LoraSettings, ModelSettings
 from lora_gpt2.settings import TOGETHER, GenerateSettings, TrainSettings
 from lora_gpt2.training.config import OptimizerSettings
@@ -129,8 +129,8 @@ def told_in_a_line(script: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in UNWRITABLE:
-            told = str(unwritable(error))
+        if fault := disk_fault(error):
+            told = str(fault)
         elif _of_hydra(error):
             told = _in_a_line(script, _told(error))
         else:

@@ -27,7 +27,7 @@ LAYERS = [
     {"demo", "jobs"},
     {"launch"},
     {"search", "report", "resuming"},
-    {"playground", "sweep_cli"},
+    {"playground", "adapter_cli", "sweep_cli"},
     {"cli"},
 ]
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -47,6 +47,8 @@ def test_a_sweep_over_numbers_of_devices(tmp_path, tiny):
     one, two = (Job.read(tmp_path / name) for name in "01")
     assert (one.state, two.state) == (State.finished, State.finished)
     assert two.valid_loss == pytest.approx(one.valid_loss, rel=1e-4)
+    alone, both = (load_file(tmp_path / name / "adapter.safetensors") for name in "01")
+    assert all(torch.allclose(alone[name], both[name], atol=1e-5) for name in alone)
 
 
 def test_a_job_over_two_devices_says_why_it_failed(tmp_path, tiny):
