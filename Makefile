@@ -7,7 +7,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 INPUTS := pyproject.toml constraints.txt
 
-.PHONY: demo test test-browser test-corpora test-slow lock clean
+.PHONY: demo test test-browser test-corpora test-slow coverage mutants lock clean
 
 demo: .venv/installed
 	$(BIN)/lora-gpt2 demo
@@ -30,6 +30,19 @@ test-slow: .venv/installed-test
 test-browser: .venv/installed-test
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[browser]"
 	$(BIN)/pytest -m browser
+
+# Lines of the package that the tests run, in their subprocesses too.
+coverage: .venv/installed-test
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -n 2 --dist loadfile
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+# Every small change of the loss, the adapter's arithmetic, the beam search and the scores: does a test notice?
+mutants: .venv/installed-test
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) --constraint constraints.txt --editable ".[mutants]"
+	$(BIN)/mutmut run
+	$(BIN)/mutmut results
 
 # The versions that the tests have passed with: with hashes for pip --require-hashes, and without for an
 # editable installation. Pins stay as they are while they fit; UPGRADE=--upgrade takes the newest.
@@ -56,4 +69,4 @@ lock:
 	@touch $@
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .coverage* .pytest_cache .mypy_cache .ruff_cache mutants

@@ -22,6 +22,9 @@ from lora_gpt2.playground import server
 from lora_gpt2.playground.models import Playground, open_playground
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(  # for make mutants: that it fails is enough
+    "unshrunk", deadline=None, derandomize=True, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+)
 hypothesis.settings.load_profile("repeatable")
 
 needs_compiler = pytest.mark.skipif(

@@ -119,3 +119,8 @@ def test_the_scores_of_several_sums_are_those_of_each(corpus):
 
 def test_case_does_not_count_and_inner_hyphens_do_not_split():
     assert tokens_13a("Family-Friendly, 3.5 CAFÉ.") == ["family-friendly", ",", "3.5", "café", "."]
+
+
+def test_every_prediction_needs_its_references():
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        ngram_statistics(["a b", "c d"], [["a b"]])

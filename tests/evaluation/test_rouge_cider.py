@@ -23,22 +23,23 @@ def test_the_bit_parallel_subsequence_equals_the_table(first, second):
     assert longest_common_subsequence(first, second) == table[-1][-1]
 
 
-@pytest.mark.parametrize("with_empty", [False, True])
-def test_rouge_l_equals_coco(corpus, with_empty):
+@pytest.mark.parametrize("with_short", [False, True])
+def test_rouge_l_equals_coco(corpus, with_short):
     rouge = importlib.import_module("pycocoevalcap.rouge.rouge").Rouge()
     predictions, references = corpus
-    if with_empty:
+    if with_short:
         predictions[0], predictions[1], references[1][0], references[2][0] = "", "", "", ""
     _, each = rouge.compute_score(*as_coco(predictions, references))
     assert rouge_l(predictions, references) == pytest.approx(list(each), abs=1e-12)
 
 
-@pytest.mark.parametrize("with_empty", [False, True])
-def test_cider_equals_coco(corpus, with_empty):
+@pytest.mark.parametrize("with_short", [False, True])
+def test_cider_equals_coco(corpus, with_short):
     coco = importlib.import_module("pycocoevalcap.cider.cider").Cider()
     predictions, references = corpus
-    if with_empty:
+    if with_short:
         predictions[0], predictions[1], references[1][0], references[2][0] = "", "", "", ""
+        predictions[3], predictions[4] = references[3][0].split()[0], " ".join(references[4][0].split()[:2])
     mean, each = coco.compute_score(*as_coco(predictions, references))
     assert cider(predictions, references) == pytest.approx(list(each), abs=1e-9)
     assert mean > 0.1
@@ -65,3 +66,9 @@ def test_the_order_of_the_references_changes_nothing(corpus):
     mixed = [random.Random(1).sample(group, len(group)) for group in references]
     assert rouge_l(predictions, mixed) == pytest.approx(rouge_l(predictions, references))
     assert cider(predictions, mixed) == pytest.approx(cider(predictions, references))
+
+
+@pytest.mark.parametrize("score", [cider, rouge_l])
+def test_every_prediction_needs_its_references(score):
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        score(["a b", "c d"], [["a b"]])

@@ -28,7 +28,7 @@ def test_a_segment_has_the_least_rate_over_all_its_references(output, group):
 def test_texts_longer_than_a_machine_word_are_measured_too(corpus):
     pyter = importlib.import_module("pyter")
     predictions, references = corpus
-    output = " ".join(predictions[:7]).split()
+    output = " ".join(predictions[:4]).split()
     text = " ".join(group[0] for group in references[:8]).split()
     assert len(text) > 64
     assert edit_rate(output, text) == pyter.ter(output, text)
@@ -47,3 +47,8 @@ def test_the_paper_s_example_needs_one_shift_and_three_edits():
 )
 def test_empty_texts_have_a_rate(output, group, rate):
     assert ter([output], [group]) == [rate]
+
+
+def test_every_prediction_needs_its_references():
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        ter(["a b", "c d"], [["a b"]])
