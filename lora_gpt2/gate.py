@@ -201,27 +201,35 @@ def _number(value: Any, kind: type) -> Any:
 
 
 def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:
-    """Arguments that a `_target_` does not take; this imports what it names, torch among it."""
+    """What is wrong with a `_target_` and its arguments; this imports what it names, torch among it."""
     for group in ("trainer", "callbacks", "logger"):
         nodes = OmegaConf.to_container(cfg.get(group, OmegaConf.create()), resolve=True)
+        if group == "callbacks" and isinstance(nodes, dict):
+            for name, node in nodes.items():
+                if not isinstance(node, dict) or "_target_" not in node:
+                    yield f"callbacks.{name}: has no _target_, which names the class"
         for path, node in _targets(nodes, group):
-            if not str(target := node["_target_"]).startswith(_trusted()):
-                yield f"{path}._target_: {target} is not trusted; if you wrote it, set {TARGETS}={target}"
-                continue
-            try:
-                built = get_object(target)
-                parameters = inspect.signature(built).parameters
-            except (ImportError, TypeError, ValueError) as error:
-                yield f"{path}._target_: {str(error).splitlines()[0]}"
-                continue
-            if not inspect.isclass(built):
-                yield f"{path}._target_: {target} is no class"
-                continue
-            if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-                continue
-            for key in node.keys() - parameters.keys() - {"_target_", "_partial_"}:
-                near = _nearest(key, list(parameters), f"{path}.")
-                yield f"{path}.{key}: no such argument of {node['_target_']}{near}"
+            yield from _faults_of_target(path, node)
+
+
+def _faults_of_target(path: str, node: dict[str, Any]) -> Iterator[str]:
+    if not str(target := node["_target_"]).startswith(_trusted()):
+        yield f"{path}._target_: {target} is not trusted; if you wrote it, set {TARGETS}={target}"
+        return
+    try:
+        built = get_object(target)
+        parameters = inspect.signature(built).parameters
+    except (ImportError, TypeError, ValueError) as error:
+        yield f"{path}._target_: {str(error).splitlines()[0]}"
+        return
+    if not inspect.isclass(built):
+        yield f"{path}._target_: {target} is no class"
+    elif not target.startswith(_own()) and not issubclass(built, _kinds()):  # a trusted module imports others
+        yield f"{path}._target_: {target} is no trainer and no part of one"
+    elif all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+        for key in node.keys() - parameters.keys() - {"_target_", "_partial_"}:
+            near = _nearest(key, list(parameters), f"{path}.")
+            yield f"{path}.{key}: no such argument of {target}{near}"
 
 
 def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -235,12 +243,32 @@ def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from _targets(value, f"{path}[{number}]")
 
 
+def _own() -> tuple[str, ...]:
+    """How the names begin of what the user trusts beside ours."""
+    return tuple(filter(None, (name.strip() for name in os.environ.get(TARGETS, "").split(","))))
+
+
 def _trusted() -> tuple[str, ...]:
     """How the names begin of what settings may have built."""
-    own = (name.strip() for name in os.environ.get(TARGETS, "").split(","))
     kinds = "callbacks", "loggers", "strategies", "plugins", "profilers", "accelerators"
     theirs = (f"lightning.pytorch.{kind}." for kind in kinds)
-    return "lora_gpt2.", "lightning.Trainer", *theirs, *filter(None, own)
+    return "lora_gpt2.", "lightning.Trainer", *theirs, *_own()
+
+
+def _kinds() -> tuple[type, ...]:
+    """What a trainer is made of."""
+    from lightning import Callback, Trainer
+    from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+    from lightning.pytorch.accelerators import Accelerator
+    from lightning.pytorch.loggers import Logger
+    from lightning.pytorch.plugins import LayerSync, Precision
+    from lightning.pytorch.profilers import Profiler
+    from lightning.pytorch.strategies import Strategy
+
+    return (
+        *(Trainer, Callback, Logger, Strategy, Accelerator, Profiler),
+        *(Precision, LayerSync, CheckpointIO, ClusterEnvironment),
+    )
 
 
 def _nearest(key: str, known: list[str], path: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,15 @@ from lora_gpt2.errors import UserError
 app = typer.Typer(
     no_args_is_help=True, help="The jobs of python train.py -m …: their states, the rest, a table."
 )
+
+_LAUNCHER = (
+    "account|array_parallelism|constraint|cpus_per_task|gpus_per_node|max_num_timeout|mem_gb|mem_per_cpu|name"
+    "|n_jobs|nodes|partition|qos|signal_delay_s|tasks_per_node|timeout_min"
+)
+_HARMLESS = re.compile(
+    rf"\+*hydra(/(launcher|sweeper)=\w+|\.(mode|verbose|sweep\.\w+|launcher\.({_LAUNCHER}))=[^{{}}\[\]]*)"
+)
+"""What of Hydra's own settings is taken from a sweep's folder: the others may name code to be run."""
 
 SweepFolder = Annotated[Path, typer.Argument(help="Folder of the sweep: outputs/sweeps/…")]
 
@@ -40,6 +50,11 @@ def resume(folder: SweepFolder) -> None:
     from lora_gpt2 import jobs, launch
 
     noted = jobs.sweep_of(folder).hydra
+    for override in [*noted.overrides.hydra, *noted.overrides.task]:
+        if re.match(r"[+~]*hydra\b|-", override) and not _HARMLESS.fullmatch(override):
+            what = f"asks for {override}, which is not done at a file's word"
+            do = f"if you wrote it, give the sweep's own command again with hydra.sweep.dir={folder}"
+            raise UserError(folder / jobs.SWEEP_FILE, what, do)
     place = f"hydra.sweep.dir={launch.quoted(folder.resolve())}"
     sys.argv = ["train.py", *noted.overrides.hydra, *noted.overrides.task, place]
     os.chdir(noted.runtime.cwd)  # paths in the settings are meant from there

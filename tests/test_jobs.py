@@ -206,6 +206,24 @@ def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, mai
     assert "±" in shown
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+hydra.callbacks.x={_target_: lora_gpt2.launch.SameSweep}",
+        "hydra.launcher.setup=[touch]",
+        "hydra.launcher._target_=os.system",
+        "hydra.searchpath=[file:///elsewhere]",
+        "--config-dir=elsewhere",
+    ],
+)
+@pytest.mark.parametrize("place", ["hydra", "task"])
+def test_what_a_sweep_s_folder_may_not_ask_for_is_refused(tmp_path, main, place, override):
+    noted = {"overrides": {"hydra": [], "task": ["seed=1,2"], place: [override]}, "runtime": {"cwd": "."}}
+    (tmp_path / jobs.SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
+    told, _ = main(cli.main, "sweep", "resume", tmp_path)
+    assert f"asks for {override}, which is not done at a file's word" in told
+
+
 def test_several_adapters_at_once_are_points_too(tmp_path, tiny, run):
     arguments = [
         *tiny,

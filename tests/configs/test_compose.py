@@ -93,6 +93,11 @@ def test_the_papers_decoding_is_the_default():
             "+callbacks.x={_target_: lora_gpt2.hub.fetch}",
             "callbacks.x._target_: lora_gpt2.hub.fetch is no class",
         ),
+        (
+            "+callbacks.x={_target_: lora_gpt2.weights.store.zipfile.ZipFile, file: a, mode: w}",
+            "callbacks.x._target_: lora_gpt2.weights.store.zipfile.ZipFile is no trainer and no part of one",
+        ),
+        ("+callbacks.x={a: 1}", "callbacks.x: has no _target_, which names the class"),
         ("trainer._target_=[]", "trainer._target_"),
         ("label_smoothing=1.5", r"label_smoothing must be in \[0, 1\), not 1.5"),
         ("data.batch_size=0", "data.batch_size must be at least 1, not 0"),
