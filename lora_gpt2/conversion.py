@@ -90,7 +90,7 @@ def _tokenizer(source: str, about: Description, given: str | None = None) -> Tok
 def _merge_difference(model: GPT2LMModel, dtype: torch.dtype) -> float:
     """Over random tokens, both models computed in `dtype`.
 
-    Raises UserError where in float32 it is more than rounding.
+    Raises UserError where it is more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
     shape = 4, min(64, model.config.n_ctx)
@@ -100,7 +100,7 @@ def _merge_difference(model: GPT2LMModel, dtype: torch.dtype) -> float:
     merged.merge()
     expected = unmerged(ids)[0].float()
     difference = float((expected - merged.to(dtype)(ids)[0].float()).abs().max())
-    if dtype is torch.float32 and not difference <= ROUNDING[dtype] * float(expected.abs().max()):
+    if not difference <= ROUNDING[dtype] * float(expected.abs().max()):
         what = f"merged and unmerged logits differ by {difference:.3g}, nothing was written"
         raise UserError("merge", what, "look for weights that are not finite, or are very large")
     return difference

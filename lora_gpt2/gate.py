@@ -207,7 +207,7 @@ def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:
         if group == "callbacks" and isinstance(nodes, dict):
             for name, node in nodes.items():
                 if not isinstance(node, dict) or "_target_" not in node:
-                    yield f"callbacks.{name}: has no _target_, which names the class"
+                    yield f"callbacks.{name!s}: has no _target_, which names the class"
         for path, node in _targets(nodes, group):
             yield from _faults_of_target(path, node)
 

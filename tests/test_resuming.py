@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning import Callback
 
+from lora_gpt2 import resuming
 from tests.conftest import cli
 
 SLOWER = ["trainer.max_epochs=8", "lora=qv", "callbacks.last.every_n_train_steps=3", "keep=last",
@@ -39,6 +40,21 @@ def test_a_callback_that_forgets_is_found(tmp_path, tiny):
     done = cli("verify-resume", *tiny, *SLOWER, forgets, "--kills", 8, "-o", tmp_path / "out")
     assert done.returncode == 1
     assert re.search(r"(step \d+ has the loss .*, not|has other bytes)", done.stderr)
+
+
+def test_files_of_several_adapters_are_compared(tmp_path):
+    for run, content in (("whole", b"a"), ("broken", b"b")):
+        (tmp_path / run / "lora.rank-2").mkdir(parents=True)
+        (tmp_path / run / "lora.rank-2" / "adapter.safetensors").write_bytes(content)
+    found = resuming.Verified(1.0)
+    resuming._compare(tmp_path / "whole", tmp_path / "broken", found)
+    assert found.differences == ["broken: lora.rank-2/adapter.safetensors has other bytes"]
+
+
+def test_without_losses_nothing_is_verified(tmp_path, tiny):
+    done = cli("verify-resume", *tiny, "logger=none", "trainer.max_epochs=1", "-o", tmp_path / "out")
+    assert done.returncode == 1
+    assert "has no losses or no weights to compare; leave logger=none out" in done.stderr
 
 
 def test_a_training_that_fails_by_itself_is_told(tmp_path, tiny):

@@ -48,7 +48,7 @@ def rows_cut(seq_len: int, **splits: EncodedRows) -> None:
     """How many rows `seq_len` shortened, where it did; more than one in a hundred are a warning."""
     for name, rows in splits.items():
         if rows.cut:
-            warning = "[bold yellow]warning:[/] " if rows.cut > len(rows) / 100 else ""
+            warning = "warning: " if rows.cut > len(rows) / 100 else ""
             _console.print(
                 f"{warning}{name}: {rows.cut:,} of {len(rows):,} rows cut to data.seq_len={seq_len} tokens, "
                 f"{rows.lost:,} of them keep nothing of their completion"

@@ -1,5 +1,7 @@
 """What is reported of a stage: loss, perplexity and accuracies, right over batches and ranks."""
 
+import math
+
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -11,7 +13,7 @@ class StageMetrics(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy=math.nan)  # which stays one
         self.token_accuracy = MeanMetric()
         self.first_token_accuracy = MeanMetric()
         self.all_token_accuracy = MeanMetric()

@@ -1,5 +1,6 @@
 """What a training checks of itself: faults that would otherwise give wrong weights without a word."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +31,9 @@ class Guards(Callback):
     """Stops a training whose numbers cannot be right, and says why.
 
     * An adapter that was not trained yet changes nothing: its model's logits are the base's.
-    * The loss is finite. Else the batch is named, and the state kept in ``checkpoints/not-finite.ckpt``:
-      on a CPU that before the step, on a GPU, which is not waited for, that behind it.
+    * The loss is finite. Else the batch is named, and one process keeps its state in
+      ``checkpoints/not-finite.ckpt``: on a CPU that before the step, on a GPU, which is not waited for, that
+      behind it. So is the validation loss, and what was trained in the end.
     * After `steps` steps every B has moved.
     * All processes hold the same weights, at each validation and in the end.
     * The frozen base ends as it began.
@@ -74,9 +76,19 @@ class Guards(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _check_ranks(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = float(trainer.callback_metrics.get("valid/loss", 0))
+        if not math.isfinite(loss):
+            what = f"the validation loss behind step {trainer.global_step} is {loss}"
+            raise UserError("valid.jsonl", what, "lower optimizer.lr, or look at the rows of the validation")
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_loss(trainer)
         _check_ranks(trainer, pl_module)
+        for name, one in pl_module.named_parameters():
+            if one.requires_grad and not torch.isfinite(one).all():
+                what = f"{name} is not finite behind the last step, {trainer.global_step}"
+                raise UserError("callbacks.guards", what, "lower optimizer.lr")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and _frozen(pl_module) != self._frozen:
@@ -89,14 +101,15 @@ class Guards(Callback):
         (loss, batches, step), self._seen = self._seen, None
         if torch.isfinite(loss):
             return
-        kept = self.folder / "not-finite.ckpt"
-        if trainer.world_size == 1:  # the other processes do not know of it
-            trainer.save_checkpoint(kept)
+        do = "look at these rows, or lower optimizer.lr"
+        if trainer.world_size == 1:  # of several, the others do not know of it
+            trainer.save_checkpoint(kept := self.folder / "not-finite.ckpt")
+            do += f"; the state is in {kept}"
         data = getattr(trainer, "datamodule", None)
         where = data.folder / "train.jsonl" if isinstance(data, DataToText) else "training"
         lines = ", ".join(str(row + 1) for batch in batches for row in batch.rows.tolist())
         what = f"the loss of step {step + 1} is {float(loss)}; the batch has lines {lines}"
-        raise UserError(where, what, f"look at these rows, or lower optimizer.lr; the state is in {kept}")
+        raise UserError(where, what, do)
 
     def _check_movement(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if max(group["initial_lr"] for group in trainer.optimizers[0].param_groups) == 0:

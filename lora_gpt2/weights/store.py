@@ -54,7 +54,7 @@ class Description:
     notes: dict[str, Any] = field(default_factory=dict)
     """Anything else worth keeping, e.g. steps and validation loss."""
     sha256: str = ""
-    """`digest` of the tensors in the file, put there when it is written."""
+    """Of the tensors and of all the rest of this, put there when the file is written."""
 
     @property
     def gpt2_config(self) -> GPT2Config:
@@ -96,11 +96,18 @@ def save_adapter(path: Path, model: GPT2LMModel, description: Description) -> No
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    told = {"format": FORMAT, **asdict(description), "sha256": digest(values)}
+    told = {"format": FORMAT, **asdict(description)}
+    told["sha256"] = _sum(told, values)
     metadata = {"format": "pt", "lora-gpt2": json.dumps(told)}
     with replacing(path) as temporary:
         save_file(values, temporary, metadata)
         _sort_metadata(temporary)
+
+
+def _sum(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a description, but for the sum in it, and the `digest` of the tensors with it."""
+    rest = json.dumps({name: value for name, value in told.items() if name != "sha256"}, sort_keys=True)
+    return hashlib.sha256(f"{rest} {digest(tensors)}".encode()).hexdigest()
 
 
 def _sort_metadata(path: Path) -> None:
@@ -159,8 +166,9 @@ def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
         description = _description(path, file.metadata() or {})
-    if description and description.sha256 and description.sha256 != digest(tensors):
-        what = "is damaged: its weights are not those that were written"
+    told = {"format": FORMAT, **asdict(description)} if description else {}
+    if told.get("sha256", "") not in ("", _sum(told, tensors)):
+        what = "is damaged: it is not what was written"
         raise UserError(path, what, "take another copy, or write it again")
     return description, tensors
 

@@ -7,6 +7,7 @@ from lightning import Callback
 from lora_gpt2 import conversion
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.lora import MergedLinear
+from lora_gpt2.training.accuracy import StageMetrics
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
 from tests.conftest import script, train
@@ -25,6 +26,12 @@ class ChangeOnOneRank(Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_rank == 1 and trainer.global_step == 3:
             next(one for one in pl_module.parameters() if one.requires_grad).data[0] += 1e-3
+
+
+class BreakTheLastStep(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.is_last_batch:
+            next(one for one in pl_module.parameters() if one.requires_grad).data[0] = torch.inf
 
 
 @pytest.fixture
@@ -89,6 +96,28 @@ def test_a_loss_that_is_not_finite(tmp_path, short, monkeypatch, module, lora, v
     assert all(value.isfinite().all() for value in kept["state_dict"].values())
 
 
+@pytest.mark.parametrize("lora", [[], ["lora.rank=[1,2]"]])
+def test_a_validation_that_is_not_finite(tmp_path, short, monkeypatch, lora):
+    update, reports = StageMetrics.update, []
+
+    def faulty(self, report):
+        reports.append(report)
+        factor = torch.nan if len(reports) == 1 else 1
+        update(self, report._replace(loss_sum=report.loss_sum * factor))
+
+    monkeypatch.setattr(StageMetrics, "update", faulty)
+    with pytest.raises(UserError, match="the validation loss behind step 6 is nan"):
+        train(tmp_path, *short, *lora)
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_in_the_end(tmp_path, short):
+    fault = "+callbacks.fault={_target_: tests.training.test_guards.BreakTheLastStep}"
+    with pytest.raises(UserError, match="is not finite behind the last step, 6"):
+        train(tmp_path, *short, fault, "trainer.limit_val_batches=0", "keep=last")
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
 def test_a_matrix_that_does_not_move(tmp_path, short, monkeypatch):
     configure = LanguageModeling.configure_optimizers
 
@@ -117,6 +146,15 @@ def test_processes_whose_weights_differ(tmp_path, short):
     assert done.returncode == 1
     assert "processes [1] hold other weights than process 0 at step 6" in done.stderr
     assert not (tmp_path / "adapter.safetensors").exists()
+
+
+def test_a_merge_that_its_type_cannot_hold(tmp_path, run, monkeypatch):
+    delta = MergedLinear.delta_weight
+    monkeypatch.setattr(MergedLinear, "delta_weight", lambda layer: delta(layer) + 1e5)
+    monkeypatch.setattr(conversion, "ROUNDING", {**conversion.ROUNDING, torch.float32: torch.inf})
+    with pytest.raises(UserError, match=r"logits differ by nan, nothing was written"):
+        conversion.merge(str(run / "other"), None, tmp_path / "merged", torch.float16)
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_merge_that_is_not_the_sum(tmp_path, run, monkeypatch):

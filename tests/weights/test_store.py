@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,6 @@ from lora_gpt2.weights import store
 from lora_gpt2.weights.store import (
     Description,
     base_hash,
-    digest,
     find,
     read_weights,
     save_adapter,
@@ -44,7 +44,7 @@ def test_a_model_and_an_adapter_come_back_bit_for_bit(tmp_path, model):
         save = save_adapter if kind == "adapter" else save_model
         save(tmp_path / kind, model, description(model, kind))
         found, tensors = read_weights(tmp_path / kind)
-        assert found == replace(description(model, kind), sha256=digest(tensors))
+        assert found == replace(description(model, kind), sha256=found.sha256)
         assert all(("lora_" in name) == (kind == "adapter") for name in tensors)
         twin.load_weight(tensors)
     assert torch.equal(model(IDS)[0], twin(IDS)[0])
@@ -55,8 +55,8 @@ def test_the_same_weights_are_the_same_bytes(tmp_path, model):
     for number in range(20):  # metadata in any order would be in another one by then
         save_model(tmp_path / f"{number}.safetensors", model, about)
     assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-    found, tensors = read_weights(tmp_path / "0.safetensors")
-    assert found == replace(about, sha256=digest(tensors))
+    found, _ = read_weights(tmp_path / "0.safetensors")
+    assert found == replace(about, sha256=found.sha256)
 
 
 def test_the_hash_sees_one_bit_of_the_base_and_nothing_of_the_update(model):
@@ -84,7 +84,18 @@ def test_a_damaged_file_is_refused(tmp_path, model, at):
     held = bytearray(path.read_bytes())
     held[at] ^= 1
     path.write_bytes(held)
-    with pytest.raises(UserError, match=r"model.safetensors: is damaged: its weights are not those"):
+    with pytest.raises(UserError, match=r"model.safetensors: is damaged: it is not what was written"):
+        read_weights(path)
+
+
+def test_a_damaged_description_is_refused(tmp_path, model):
+    path = tmp_path / "adapter.safetensors"
+    save_adapter(path, model, description(model, "adapter"))
+    held = path.read_bytes()
+    changed = re.sub(rb'(lora_attn_alpha\\": )\d', rb"\g<1>9", held)
+    assert changed != held
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match=r"adapter.safetensors: is damaged: it is not what was written"):
         read_weights(path)
 
 

@@ -70,6 +70,7 @@ def write(folder: Path, model: GPT2LMModel, base_name: str) -> None:
         tensors[f"{_PREFIX}{stem}{inner}"] = weights[f"{stem}bias"] + update[name]
     rank, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    (folder / CONFIG_FILE).unlink(missing_ok=True)  # never beside the weights of another adapter
     with replacing(folder / WEIGHTS_FILE) as temporary:
         save_file(values, temporary, {"format": "pt"})
     write_json(
