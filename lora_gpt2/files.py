@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -31,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise UserError(path.parent, "is a file, a folder was expected", "give another name") from None
     except OSError as error:
         raise _unwritable(path, error) from None
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -87,6 +88,10 @@ def disk_fault(error: Exception) -> UserError | None:
     return UserError(error.filename or "a file", str(error.strerror), _UNWRITABLE[error.errno])
 
 
+_TEMPORARY = f".*.{'[0-9a-f]' * 32}.tmp"
+"""What `replacing` writes before it has its name."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps a folder to this run until it ends in whatever way; of several processes the first one keeps it.
@@ -105,6 +110,8 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _unwritable(folder, error) from None
     try:
+        for left in [*folder.glob(_TEMPORARY), *folder.glob(f"checkpoints/{_TEMPORARY}")]:
+            left.unlink(missing_ok=True)  # by a run that was killed
         yield
     finally:
         lock.release()

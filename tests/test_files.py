@@ -6,7 +6,7 @@ import pytest
 
 from lora_gpt2 import cli
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import read_json, read_text, replacing, sha256, write_json
+from lora_gpt2.files import locked, read_json, read_text, replacing, sha256, write_json
 from lora_gpt2.gate import told_in_a_line
 
 
@@ -60,3 +60,12 @@ def test_a_fault_of_the_disk_is_a_line_wherever_it_happens(monkeypatch, capsys):
     monkeypatch.setattr(cli, "app", lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
     with pytest.raises(SystemExit, match="lora-gpt2: a file: No space left on device; make room"):
         cli.main()
+
+
+def test_what_a_killed_run_left_half_written_goes_with_the_next(tmp_path):
+    with replacing(tmp_path / "checkpoints" / "last.ckpt") as temporary:
+        temporary.write_text("whole")
+    temporary.write_text("half")
+    (kept := temporary.with_name(".of-the-user.tmp")).write_text("whole")
+    with locked(tmp_path):
+        assert {path.name for path in temporary.parent.iterdir()} == {"last.ckpt", kept.name}

@@ -168,8 +168,10 @@ class Parts:
         """Appends to the rank's file, behind the last whole line of an interrupted run."""
         if self._file is None:
             path = self.folders[0] / f".part-{rank}.jsonl"
-            whole = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+            whole = 0
             if path.exists():
+                with open(path, "rb") as file:
+                    whole = sum(len(line) for line in file if line.endswith(b"\n"))
                 os.truncate(path, whole)
             self._file = open(path, "a", encoding="utf-8", newline="\n")  # noqa: SIM115  (stays open)
             if not whole:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lora_gpt2.data.batches import Batch
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.errors import UserError
+from lora_gpt2.files import first_process, replacing
 from lora_gpt2.memory import peak
 from lora_gpt2.training.config import OptimizerSettings, Schedule
 
@@ -118,16 +119,36 @@ class Progress(Callback):
         return str(timedelta(seconds=seconds))
 
 
+class StopEarly(EarlyStopping):
+    """EarlyStopping that, resumed from where it had stopped, trains no further."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+
+
 class BestCheckpoints(ModelCheckpoint):
-    """ModelCheckpoint that, resumed in another folder, takes the best weights so far along."""
+    """ModelCheckpoint that, resumed in another folder, takes the best weights so far along.
+
+    They are looked for beside the checkpoint that is resumed, and nowhere else that it may name.
+    """
+
+    _resumed: Path | None = None
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._resumed = Path(str(trainer.ckpt_path)).parent
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = Path(str(self.dirpath))
-        moved = {path: str(here / Path(path).name) for path in state_dict["best_k_models"]}
-        if str(here) != state_dict["dirpath"] and all(Path(path).is_file() for path in moved):
-            here.mkdir(parents=True, exist_ok=True)
-            for old, new in moved.items():
-                shutil.copyfile(old, new)
+        there = self._resumed or here
+        names = {path: Path(path).name for path in state_dict["best_k_models"]}
+        if all((there / name).is_file() for name in names.values()):
+            if there.resolve() != here.resolve() and first_process():
+                for name in names.values():
+                    with replacing(here / name) as temporary:
+                        shutil.copyfile(there / name, temporary)
+            moved = {path: str(here / name) for path, name in names.items()}
             models = {moved[path]: score for path, score in state_dict["best_k_models"].items()}
             paths = {
                 key: moved.get(state_dict[key], "") for key in ("best_model_path", "kth_best_model_path")

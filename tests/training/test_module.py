@@ -131,6 +131,27 @@ def test_early_stopping_ends_a_run_that_gets_worse(tmp_path, tiny):
     assert len(metrics(tmp_path, "valid/loss")) < 30
 
 
+def test_a_run_that_stopped_early_trains_no_further_when_resumed(tmp_path, tiny):
+    stops = [*tiny, "callbacks=early_stopping", "callbacks.early_stopping.patience=1", "keep=last",
+             "trainer.max_epochs=30", "optimizer.lr=0.3", "optimizer.schedule=constant"]  # fmt: skip
+    train(tmp_path / "first", *stops)
+    train(tmp_path / "again", *stops, f"resume={tmp_path / 'first'}")
+    first, again = (read_weights(tmp_path / name / "model.safetensors")[1] for name in ("first", "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_a_checkpoint_names_no_files_elsewhere(tmp_path, tiny):
+    train(tmp_path / "first", *tiny, "trainer.max_epochs=1")
+    (secret := tmp_path / "secret.txt").write_text("secret")
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    held = torch.load(last, weights_only=True)
+    (state,) = (state for name, state in held["callbacks"].items() if name.startswith("BestCheckpoints"))
+    state["best_k_models"] = dict.fromkeys([str(secret)], torch.tensor(0.0))
+    torch.save(held, last)
+    train(tmp_path / "second", *tiny, "trainer.max_epochs=2", f"resume={tmp_path / 'first'}")
+    assert not list((tmp_path / "second").rglob(secret.name))
+
+
 def test_a_plateau_lowers_the_rate(tmp_path, tiny, capsys):
     train(tmp_path, *tiny, "optimizer.schedule=plateau", "optimizer.plateau_patience=0", "optimizer.lr=0.3",
           "trainer.max_epochs=8", "trainer.log_every_n_steps=1")  # fmt: skip
