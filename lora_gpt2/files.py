@@ -4,8 +4,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -126,22 +128,63 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_text(path: str | Path, do: str) -> str:
-    """The file's text. Raises UserError with the advice `do` when it is missing or not UTF-8."""
+@contextmanager
+def reading(path: str | Path, do: str) -> Iterator[None]:
+    """Raises UserError with the advice `do` when the file is missing, cannot be read or is not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        yield
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(path, "there is no such file", do) from None
     except UnicodeDecodeError as error:
         raise UserError(path, f"is not UTF-8 text (byte {error.start})", do) from None
+    except OSError as error:
+        raise UserError(path, f"cannot be read ({error.strerror})", do) from None
+
+
+def read_text(path: str | Path, do: str) -> str:
+    """The file's text. Raises UserError as `reading` does."""
+    with reading(path, do):
+        return Path(path).read_text(encoding="utf-8")
 
 
 def read_json(path: str | Path, do: str) -> Any:
-    """The parsed JSON file. Raises UserError with the advice `do` when it is missing or malformed."""
+    """The parsed JSON file. Raises UserError as `reading` and `parse_json` do."""
+    return parse_json(read_text(path, do), path, do)
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def parse_json(text: str | bytes, where: str | Path, do: str) -> Any:
+    """The value of a JSON text that stands at `where`.
+
+    Raises UserError with the advice `do` for what is not UTF-8 or not JSON, is nested too deep, or holds a
+    number too long to be read or half of a character, which JSON can write as in "\\ud83d".
+    """
     try:
-        return json.loads(read_text(path, do))
+        text = text if isinstance(text, str) else text.decode("utf-8")
+        value = json.loads(text)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}", f"is not valid JSON ({error.msg})", do) from None
+        place = f"{where}:{error.lineno}" if "\n" in text.strip() else where
+        raise UserError(place, f"is not valid JSON ({error})", do) from None
+    except UnicodeDecodeError as error:
+        raise UserError(where, f"is not UTF-8 text (byte {error.start})", do) from None
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UserError(where, f"holds half of a character (the lone surrogate {half})", do) from None
+    except RecursionError:
+        raise UserError(where, "is JSON nested too deep to be read", do) from None
+    except ValueError:
+        raise UserError(where, "is JSON with a number of too many digits to be read", do) from None
+
+
+def brief(value: Any) -> str:
+    """A JSON value in at most 40 characters, however large or deep it is."""
+    text = "".join(islice(json.JSONEncoder(ensure_ascii=False).iterencode(value), 41))
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def sha256(path: str | Path, start: int = 0) -> str:

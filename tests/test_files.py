@@ -6,7 +6,7 @@ import pytest
 
 from lora_gpt2 import cli
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import locked, read_json, read_text, replacing, sha256, write_json
+from lora_gpt2.files import brief, locked, read_json, read_text, replacing, sha256, write_json
 from lora_gpt2.gate import told_in_a_line
 
 
@@ -29,7 +29,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [(None, "there is no such file; do this"), (b"\xff", r"is not UTF-8 text \(byte 0\)"),
-     (b'{\n"a": }', "a.json:2: is not valid JSON")],
+     (b'{\n"a": }', "a.json:2: is not valid JSON"), (b"[" * 100_000, "a.json: is JSON nested too deep to be"),
+     (b"9" * 5000, "a.json: is JSON with a number of too many digits to be read; do this"),
+     (rb'["\ud83d\ude00", "\ud83d"]', r"a.json: holds half of a character \(the lone surrogate '.ud83d'\)")],
 )  # fmt: skip
 def test_a_file_that_cannot_be_read_is_a_users_error(tmp_path, content, message):
     if content is not None:
@@ -38,9 +40,25 @@ def test_a_file_that_cannot_be_read_is_a_users_error(tmp_path, content, message)
         read_json(tmp_path / "a.json", "do this")
 
 
-def test_a_folder_is_no_text(tmp_path):
-    with pytest.raises(UserError, match="there is no such file"):
-        read_text(tmp_path, "do this")
+def test_whole_characters_and_letters_that_look_like_halves_are_read(tmp_path):
+    (tmp_path / "a.json").write_bytes(rb'["\ud83d\ude00", "\\ud83d"]')
+    assert read_json(tmp_path / "a.json", "") == ["\U0001f600", r"\ud83d"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("", "there is no such file"), ("a" * 300, "cannot be read .File name too long")]
+)
+def test_what_is_no_file_is_no_text(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        read_text(tmp_path / name, "do this")
+
+
+def test_a_value_of_any_depth_is_shown_in_brief():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert brief(deep) == "[" * 37 + "..."
+    assert brief({"ü": [1, None]}) == '{"ü": [1, null]}'
 
 
 def test_the_hash_is_that_of_all_bytes(tmp_path):

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 from lora_gpt2.data.corpora import dart, demo, e2e, webnlg
 from lora_gpt2.data.corpora.splits import SPLITS, by_split, listing
-from lora_gpt2.data.jsonl import Row, TextRow, read_rows, read_text_rows, write_rows, write_text_rows
+from lora_gpt2.data.jsonl import (
+    ENCODE_AGAIN,
+    Row,
+    TextRow,
+    objects,
+    read_rows,
+    read_text_rows,
+    write_rows,
+    write_text_rows,
+)
 from lora_gpt2.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import read_json, sha256, write_json
@@ -125,12 +134,11 @@ def _rows_files(root: Path) -> list[Path]:
 
 def _holds_ids(path: Path) -> bool:
     """Whether the first row is of ids; a file that is no row at all is left to its reader to refuse."""
-    with open(path, "rb") as file:
-        try:
-            row = json.loads(file.readline())
-        except ValueError:
-            return False
-    return isinstance(row, dict) and isinstance(row.get("context"), list)
+    try:
+        _, row = next(objects(path, ENCODE_AGAIN))
+    except UserError:
+        return False
+    return isinstance(row.get("context"), list)
 
 
 def _digest(path: Path) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import replacing
+from lora_gpt2.files import brief, parse_json, reading, replacing
 
 ENCODE_AGAIN = "write the file again with lora-gpt2 encode"
 
@@ -41,7 +41,7 @@ def read_rows(path: str | Path, vocab_size: int | None = None) -> Iterator[Row]:
     Raises UserError at the first line that is not such a row, and for an id that is negative or,
     with `vocab_size`, not below it.
     """
-    for where, value in _objects(path, ENCODE_AGAIN):
+    for where, value in objects(path, ENCODE_AGAIN):
         adapter = _text(where, value, "adapter", ENCODE_AGAIN) if "adapter" in value else ""
         context, completion = (_ids(where, value, key, vocab_size) for key in ("context", "completion"))
         require = tuple(
@@ -69,7 +69,7 @@ def read_text_rows(path: str | Path) -> Iterator[TextRow]:
     Raises UserError at the first line that is not such a row.
     """
     do = 'each line needs the texts "context" and "completion"'
-    for where, value in _objects(path, do):
+    for where, value in objects(path, do):
         others = {key: _text(where, value, key, do) for key in ("part", "adapter") if key in value}
         require = tuple(
             _text(where, {"require": phrase}, "require", do) for phrase in _list(where, value, "require", do)
@@ -87,29 +87,18 @@ def write_text_rows(path: str | Path, rows: Iterable[TextRow]) -> int:
     return _write(path, map(value, rows))
 
 
-def _objects(path: str | Path, do: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def objects(path: str | Path, do: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each line's place, ``file:line``, and JSON object."""
     number = 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                yield f"{path}:{number}", _object(f"{path}:{number}", line, do)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise UserError(path, "there is no such file", "check the path, or " + ENCODE_AGAIN) from None
+    with reading(path, "check the path, or " + ENCODE_AGAIN), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            value = parse_json(line, where, do)
+            if not isinstance(value, dict):
+                raise UserError(where, f"a JSON object was expected, not {brief(value)}", do)
+            yield where, value
     if number == 0:
         raise UserError(path, "is empty, at least one row was expected", do)
-
-
-def _object(where: str, line: bytes, do: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(where, f"is not UTF-8 text (byte {error.start} of the line)", do) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(where, f"is not valid JSON ({error})", do) from None
-    if not isinstance(value, dict):
-        raise UserError(where, f"a JSON object was expected, not {_brief(value)}", do)
-    return value
 
 
 def _field(where: str, value: dict[str, Any], key: str, do: str) -> Any:
@@ -122,42 +111,32 @@ def _field(where: str, value: dict[str, Any], key: str, do: str) -> Any:
 def _text(where: str, value: dict[str, Any], key: str, do: str) -> str:
     text = _field(where, value, key, do)
     if not isinstance(text, str):
-        raise UserError(where, f'"{key}" must be text, not {_brief(text)}', do)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can write half a character, as in "\\ud83d"
-        what = f'"{key}" holds half of a character (a lone surrogate at {error.start})'
-        raise UserError(where, what, do) from None
+        raise UserError(where, f'"{key}" must be text, not {brief(text)}', do)
     return text
 
 
 def _list(where: str, value: dict[str, Any], key: str, do: str) -> list[Any]:
     found = value.get(key, [])
     if not isinstance(found, list):
-        raise UserError(where, f'"{key}" must be a list of phrases, not {_brief(found)}', do)
+        raise UserError(where, f'"{key}" must be a list of phrases, not {brief(found)}', do)
     return found
 
 
 def _ids(where: str, value: dict[str, Any], key: str, vocab_size: int | None) -> list[int]:
     ids = _field(where, value, key, ENCODE_AGAIN)
     if not isinstance(ids, list):
-        raise UserError(where, f'"{key}" must be a list of token ids, not {_brief(ids)}', ENCODE_AGAIN)
+        raise UserError(where, f'"{key}" must be a list of token ids, not {brief(ids)}', ENCODE_AGAIN)
     if not ids:
         raise UserError(where, f'"{key}" is empty; every row needs at least the end token', ENCODE_AGAIN)
     if set(map(type, ids)) != {int}:  # exact: a bool is an int to isinstance
         wrong = next(item for item in ids if type(item) is not int)
-        raise UserError(where, f'"{key}" must hold token ids only, not {_brief(wrong)}', ENCODE_AGAIN)
+        raise UserError(where, f'"{key}" must hold token ids only, not {brief(wrong)}', ENCODE_AGAIN)
     if min(ids) < 0:
         raise UserError(where, f'"{key}" holds the token id {min(ids)}, ids start at 0', ENCODE_AGAIN)
     if vocab_size is not None and max(ids) >= vocab_size:
         what = f'"{key}" holds the token id {max(ids)}, the vocabulary has {vocab_size} entries'
         raise UserError(where, what, "use the tokenizer and the model that the file was encoded for")
     return ids
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def _write(path: str | Path, values: Iterable[dict[str, Any]]) -> int:

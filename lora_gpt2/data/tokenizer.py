@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import read_json, read_text, sha256, write_json, write_text
+from lora_gpt2.files import brief, read_json, read_text, sha256, write_json, write_text
 from lora_gpt2.hub import fetch
 
 END_OF_TEXT = "<|endoftext|>"
@@ -211,7 +211,7 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
         raise UserError(path, "a JSON object of entries and ids was expected", WHICH_FILES)
     for entry, token in vocabulary.items():
         if type(token) is not int or not 0 <= token < len(vocabulary):
-            what = f"{entry!r} has the id {token!r}, expected 0 to {len(vocabulary) - 1}"
+            what = f"{entry!r} has the id {brief(token)}, expected 0 to {len(vocabulary) - 1}"
             raise UserError(path, what, "take a complete file")
     if len(set(vocabulary.values())) < len(vocabulary):
         raise UserError(path, "two entries have the same id", "take a complete file")

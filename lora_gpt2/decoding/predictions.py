@@ -202,7 +202,7 @@ class Parts:
                 raise UserError(path, what, "give those settings again, choose another folder, or delete it")
             place = file.tell()
             while (line := file.readline()).endswith(b"\n"):
-                with contextlib.suppress(ValueError, TypeError):
+                with contextlib.suppress(ValueError, TypeError, RecursionError):
                     self._places.setdefault(_parsed(line)[0], (path, place))
                 place = file.tell()
 

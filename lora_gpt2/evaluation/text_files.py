@@ -7,13 +7,12 @@ Predictions: one a line, in the same order. An empty line is an empty prediction
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import read_text, write_text
+from lora_gpt2.files import parse_json, read_text, write_text
 
 
 def read_references(path: str | Path) -> list[list[str]]:
@@ -64,10 +63,7 @@ def read_predictions(path: str | Path) -> list[str]:
 
 
 def _json_text(where: str, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(where, f"is not valid JSON ({error.msg})", "write one JSON object a line") from None
+    row = parse_json(line, where, "write one JSON object a line")
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise UserError(where, 'has no "text"', "decode the token ids to text first, with generate.py")
     return str(row["text"])

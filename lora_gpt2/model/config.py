@@ -3,13 +3,14 @@
 Knows no torch, so that a wrong setting is refused before anything is loaded.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from lora_gpt2.files import read_json
 
 PROJECTIONS = ("q", "k", "v")
 """The three parts of GPT-2's fused attention projection, in the order in which they are stored."""
@@ -198,7 +199,7 @@ class GPT2Config:
         return f"GPT2Config({', '.join(f'{k}={v!r}' for k, v in self.__dict__.items())})"
 
     def _read_json(self, path: Path) -> None:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path, "give the config.json of a GPT-2")
         if not isinstance(values, dict) or "vocab_size" not in values:
             raise ValueError(f'{path}: expected a JSON object with at least "vocab_size"')
         if values.get("model_type") == "gpt2":  # transformers' file: its other keys are not ours

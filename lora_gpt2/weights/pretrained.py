@@ -109,7 +109,9 @@ def _check_architecture(path: Path, card: str, config: GPT2Config) -> None:
 def _their_config(path: Path) -> GPT2Config:
     try:
         return GPT2Config(path)
-    except ValueError as error:
+    except UserError:
+        raise
+    except (RecursionError, TypeError, ValueError) as error:
         raise UserError(path, f"is no GPT-2 ({error})", "give the folder of a GPT-2") from None
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import replacing
+from lora_gpt2.files import parse_json, replacing
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -232,11 +232,11 @@ def _description(path: Path, metadata: Mapping[str, str]) -> Description | None:
     if "lora-gpt2" not in metadata:
         return None
     try:
-        values = json.loads(metadata["lora-gpt2"])
+        values = parse_json(metadata["lora-gpt2"], path, WHICH_FILE)
         if (found := values.pop("format", None)) != FORMAT:
             raise UserError(path, f"has format {found}, this version reads {FORMAT}", "update lora-gpt2")
         return Description(**values)
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (TypeError, AttributeError) as error:
         raise UserError(path, f"has a description that cannot be read ({error})", WHICH_FILE) from None
 
 

@@ -209,6 +209,15 @@ def test_malformed_and_unsafe_files_are_named_by_line(tmp_path, module, name, te
     assert caught.value.where == f"{path}:{line}"
 
 
+@pytest.mark.parametrize(("module", "text"), [(webnlg, as_webnlg_json), (dart, as_dart_json)])
+def test_json_that_cannot_become_text_is_refused(tmp_path, module, text):
+    path = written(tmp_path / "train.json", text(ENTRIES).replace("bornIn", r"born\ud83dIn"))
+    with pytest.raises(UserError, match="half of a character"):
+        list(module.read(path))
+    with pytest.raises(UserError, match="nested too deep"):
+        list(module.read(written(path, "[" * 100_000)))
+
+
 def test_xml_that_is_not_a_benchmark_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no benchmark/entries/entry"):
         list(dart.read(written(tmp_path / "a.xml", "<html/>")))

@@ -191,7 +191,7 @@ def test_malformed_merges_are_named_by_line(tmp_path, merges, line, message):
     ("change", "message"),
     [
         (lambda v: [], "a JSON object of entries and ids was expected"),
-        (lambda v: {**v, "a": "7"}, "'a' has the id '7', expected 0 to"),
+        (lambda v: {**v, "a": "7"}, "'a' has the id \"7\", expected 0 to"),
         (lambda v: {**v, "a": len(v)}, "'a' has the id"),
         (lambda v: {**v, "a": v["b"]}, "two entries have the same id"),
         (

@@ -90,7 +90,11 @@ def test_unusable_references_are_refused(tmp_path, name, text, message):
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("{", "pred.jsonl:2: is not valid JSON"), ('{"predict": [1]}', 'pred.jsonl:2: has no "text"; decode')],
+    [
+        ("{", "pred.jsonl:2: is not valid JSON"),
+        ("[" * 100_000, "pred.jsonl:2: is JSON nested too deep"),
+        ('{"predict": [1]}', 'pred.jsonl:2: has no "text"; decode'),
+    ],
 )
 def test_unusable_predictions_are_refused(tmp_path, line, message):
     (tmp_path / "pred.jsonl").write_text(f'{{"text": "a"}}\n{line}\n', encoding="utf-8")

@@ -106,10 +106,12 @@ def test_a_damaged_description_is_refused(tmp_path, model):
         ({"format": 1, "kind": "adapter"}, "has a description that cannot be read"),
         ({"format": 1, "colour": "red"}, "has a description that cannot be read"),
         ([1], "has a description that cannot be read"),
+        ("[" * 100_000, "is JSON nested too deep"),
     ],
 )
 def test_another_description_is_refused(tmp_path, metadata, message):
-    save_file({"a": torch.zeros(1)}, tmp_path / "x", {"lora-gpt2": json.dumps(metadata)})
+    text = metadata if isinstance(metadata, str) else json.dumps(metadata)
+    save_file({"a": torch.zeros(1)}, tmp_path / "x", {"lora-gpt2": text})
     with pytest.raises(UserError, match=message):
         read_weights(tmp_path / "x")
 
