@@ -9,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from lora_gpt2.data.config import DataSettings
-from lora_gpt2.data.jsonl import TextRow, read_text_rows
+from lora_gpt2.data.jsonl import TextRow, checked, read_text_rows
 from lora_gpt2.data.module import DataToText
 from lora_gpt2.decoding.config import DecodingSettings, decoding_settings
 from lora_gpt2.decoding.decoder import decode_stream
@@ -46,7 +46,9 @@ class Asked:
 
     @classmethod
     def of(cls, data: DataToText, split: str, queries: Queries) -> "Asked":
-        rows: list[TextRow] = list(read_text_rows(data.folder / f"{split}.text.jsonl"))
+        path = data.folder / f"{split}.text.jsonl"
+        checked(path, data.expected(path))
+        rows: list[TextRow] = list(read_text_rows(path))
         references: list[list[str]] = [[] for _ in range(len(queries))]
         parts = ["all"] * len(queries)
         for row, number in queries.of_row.items():

@@ -180,6 +180,7 @@ def _encode(corpus: str, inputs: dict[str, Input], tokenizer: Tokenizer, output:
             "sha256": tokenizer.sha256,
         },
         "splits": {},
+        "files": {},
     }
     for split, source in inputs.items():
         if source.ids is not None:
@@ -198,8 +199,10 @@ def _encode(corpus: str, inputs: dict[str, Input], tokenizer: Tokenizer, output:
             rows = encode_rows(texts, tokenizer)
         if not rows:
             raise UserError(source.name, "holds no example", "take a complete file")
-        write_text_rows(output / f"{split}.text.jsonl", texts)
-        write_rows(output / f"{split}.jsonl", rows)
+        files = output / f"{split}.jsonl", output / f"{split}.text.jsonl"
+        write_rows(files[0], rows)
+        write_text_rows(files[1], texts)
+        meta["files"].update({file.name: sha256(file) for file in files})
         meta["splits"][split] = {**_figures(rows), "input": source.name, "sha256": source.sha256}
     write_json(output / META, meta)
     return meta

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import brief, parse_json, reading, replacing
+from lora_gpt2.files import brief, parse_json, reading, replacing, sha256
 
 ENCODE_AGAIN = "write the file again with lora-gpt2 encode"
+DELETE = "delete its folder and run again; a data.root is written again with lora-gpt2 encode"
 
 
 class Row(NamedTuple):
@@ -85,6 +86,15 @@ def write_text_rows(path: str | Path, rows: Iterable[TextRow]) -> int:
         return {key: text for key, text in row._asdict().items() if text or key in ("context", "completion")}
 
     return _write(path, map(value, rows))
+
+
+def checked(path: Path, expected: str | None) -> str:
+    """SHA-256 of an encoded file. Raises UserError unless it is the `expected` one, where that is known."""
+    with reading(path, "check the path, or " + ENCODE_AGAIN):
+        found = sha256(path)
+    if expected not in (None, found):
+        raise UserError(path, "is damaged: it is not what was encoded", DELETE)
+    return found
 
 
 def objects(path: str | Path, do: str) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
 from lora_gpt2.data.config import DataSettings, Objective
 from lora_gpt2.data.encode import encoded
-from lora_gpt2.data.jsonl import Row, read_rows
+from lora_gpt2.data.jsonl import DELETE, Row, checked, read_rows
 from lora_gpt2.data.table import read_table
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
@@ -37,11 +37,20 @@ class DataToText(LightningDataModule):
         )
         self.meta: dict[str, Any] = read_json(self.folder / "meta.json", "encode the corpus again")
         self.tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
+        if self.tokenizer.sha256 != self.meta["tokenizer"]["sha256"]:
+            what = "is damaged: it is not what the rows were encoded with"
+            raise UserError(self.folder / "tokenizer", what, DELETE)
         self._rows: dict[str, EncodedRows] = {}
+
+    def expected(self, file: Path) -> str | None:
+        """The SHA-256 that one of the encoded files had when it was written, where that is known."""
+        found: str | None = self.meta.get("files", {}).get(file.name)
+        return found
 
     def rows(self, split: str, positions: int) -> Iterator[Row]:
         """The rows of a split. Raises UserError for one whose context leaves no position for an answer."""
         path = self.folder / f"{split}.jsonl"
+        checked(path, self.expected(path))
         for number, row in enumerate(read_rows(path, self.tokenizer.vocab_size)):
             _check_context(path, number, len(row.context), positions)
             yield row
@@ -50,7 +59,8 @@ class DataToText(LightningDataModule):
         every_token = self.settings.objective is Objective.jlm
         packed = self.settings.pack and name == "train"
         path = self.folder / f"{name}.jsonl"
-        table = read_table(path, self.tokenizer.vocab_size, Path(self.settings.cache).expanduser())
+        cache = Path(self.settings.cache).expanduser()
+        table = read_table(path, self.tokenizer.vocab_size, cache, self.expected(path))
         for number in (table.contexts >= positions).nonzero()[:1].flatten().tolist():
             _check_context(path, number, int(table.contexts[number]), positions)
         return EncodedRows(table, self.settings.seq_len, every_token, packed, self.settings.pad_multiple)

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_gpt2.data.jsonl import Row, read_rows
+from lora_gpt2.data.jsonl import Row, checked, read_rows
 from lora_gpt2.files import replacing, sha256
 
 _FORMAT = 1
@@ -48,14 +48,12 @@ def _add(row: Row, tokens: "array[int]", lengths: "array[int]", contexts: "array
     contexts.append(len(row.context))
 
 
-def read_table(path: Path, vocab_size: int, cache: Path) -> RowTable:
+def read_table(path: Path, vocab_size: int, cache: Path, expected: str | None = None) -> RowTable:
     """The rows of a BPE JSONL file, memory-mapped from `cache`, where they are put at the first time.
 
-    Raises UserError as `read_rows` does.
+    `expected`: the file's SHA-256, where it is known. Raises UserError as `read_rows` and `checked` do.
     """
-    if not path.is_file():
-        next(read_rows(path))
-    key = hashlib.sha256(f"{_FORMAT} {vocab_size} {sha256(path)}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{_FORMAT} {vocab_size} {checked(path, expected)}".encode()).hexdigest()[:16]
     place = cache / f"{path.stem}-{key}.rows"
     if place.is_file() and (table := _opened(place)) is not None:
         return table

@@ -58,6 +58,9 @@ def test_meta_says_what_was_encoded(tmp_path, raw):
         "sha256": tokenizer.sha256,
     }
     assert list(meta["splits"]) == ["train", "valid", "test"]
+    files = sorted((tmp_path / "out").glob("*.jsonl"))
+    assert dict(sorted(meta["files"].items())) == {file.name: sha256(file) for file in files}
+    assert len(files) == 6
     rows = list(read_rows(tmp_path / "out/train.jsonl"))
     assert meta["splits"]["train"] == {
         "rows": 3,
