@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ from lora_gpt2.files import brief, parse_json, reading, replacing, sha256
 
 ENCODE_AGAIN = "write the file again with lora-gpt2 encode"
 DELETE = "delete its folder and run again; a data.root is written again with lora-gpt2 encode"
+
+
+LONGEST_LINE = 2**24
+"""The most bytes of a row: thousands of times what a model has positions for."""
 
 
 class Row(NamedTuple):
@@ -39,8 +44,8 @@ class TextRow(NamedTuple):
 def read_rows(path: str | Path, vocab_size: int | None = None) -> Iterator[Row]:
     """The rows of a BPE JSONL file, ``{"context": [ids], "completion": [ids]}`` a line.
 
-    Raises UserError at the first line that is not such a row, and for an id that is negative or,
-    with `vocab_size`, not below it.
+    Raises UserError at the first line that is not such a row or longer than `LONGEST_LINE`, and for an id
+    that is negative or, with `vocab_size`, not below it.
     """
     for where, value in objects(path, ENCODE_AGAIN):
         adapter = _text(where, value, "adapter", ENCODE_AGAIN) if "adapter" in value else ""
@@ -98,11 +103,13 @@ def checked(path: Path, expected: str | None) -> str:
 
 
 def objects(path: str | Path, do: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line's place, ``file:line``, and JSON object."""
+    """Each line's place, ``file:line``, and JSON object. Raises UserError for a line that is none."""
     number = 0
     with reading(path, "check the path, or " + ENCODE_AGAIN), open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST_LINE + 1), b""), start=1):
             where = f"{path}:{number}"
+            if len(line) > LONGEST_LINE:
+                raise UserError(where, f"is longer than {LONGEST_LINE:,} bytes, no row is", do)
             value = parse_json(line, where, do)
             if not isinstance(value, dict):
                 raise UserError(where, f"a JSON object was expected, not {brief(value)}", do)

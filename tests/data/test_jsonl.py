@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -88,6 +89,19 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, line, message):
         list(read_rows(path, vocab_size=10))
     assert caught.value.where == f"{path}:2"
     assert caught.value.do
+
+
+@pytest.mark.parametrize("read", [read_rows, read_text_rows])
+def test_a_line_without_end_is_not_read_whole(tmp_path, read):
+    path = tmp_path / "train.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"context": "')
+        file.truncate(2**32)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"train.jsonl:1: is longer than 16,777,216 bytes"):
+        list(read(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
 
 
 def test_without_a_vocabulary_size_any_id_passes(tmp_path):
