@@ -248,7 +248,10 @@ def test_a_peft_folder_that_does_not_fit_is_refused(tmp_path, fault):
         ({"lora_alpha": float("nan")}, "and alpha nan"),
         ({"lora_alpha": "x"}, "lora_alpha that cannot be read"),
         ({"lora_dropout": 2}, "settings that do not fit: lora_dropout must be in"),
+        ({"lora_alpha": 10**400}, "lora_alpha that cannot be read"),
         ({"alpha_pattern": {"h.(": 3}}, "lora_alpha that cannot be read"),
+        ({"alpha_pattern": {r"(\w|\w\w|[\w.]+)*!": 3}}, r"lora_alpha that cannot be read .* one \(a\|b\)"),
+        ({"rank_pattern": {".*.*.*.*.*.*.*.*!": 3}}, r"r that cannot be read .* is more than names"),
     ],
 )
 def test_what_peft_means_otherwise_is_refused(tmp_path, settings, message):
@@ -271,9 +274,14 @@ def test_a_peft_layer_that_is_not_whole_is_refused(tmp_path, part):
         peft_files.read(tmp_path, our_base(model))
 
 
-def test_a_pattern_of_peft_fits_whole_names_only(tmp_path):
+@pytest.mark.parametrize(
+    "pattern",
+    ["1.attn.c_attn", r"^transformer\.h\.1\.attn\.c_attn", r".*\.1\.attn.c_attn$", "h.(1|3).attn.c_attn",
+     r"h\.[1-1]\.attn.c_attn"],
+)  # fmt: skip
+def test_a_pattern_of_peft_fits_whole_names_only(tmp_path, pattern):
     """h.1 is not h.11, and attn.c_proj is not mlp.c_proj."""
-    settings = {"r": 2, "lora_alpha": 6, "alpha_pattern": {"1.attn.c_attn": 5, "c_pro": 9}}
+    settings = {"r": 2, "lora_alpha": 6, "alpha_pattern": {pattern: 5, "c_pro": 9}}
     peft = get_peft_model(
         their_base(build(["q"])),
         LoraConfig(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, **settings),

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import read_json, replacing, write_json
+from lora_gpt2.files import brief, read_json, replacing, write_json
 from lora_gpt2.model.config import TARGETS, GPT2Config, LayerLora
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.factors import with_lora
@@ -35,6 +35,10 @@ _UNDERSTOOD = frozenset((
 ))
 # fmt: on
 """Settings that are read, or only say how the adapter was made."""
+
+_NAME = r"(?:[\w.]|\\[.d]|\[[\w-]+\]|(?<=\\d)\+)*"
+_PATTERN = re.compile(rf"\^?(?:\.\*)?{_NAME}(?:\(\w+(?:\|\w+)*\){_NAME})?\$?")
+"""The regular expressions for layers that are tried: names, digits, one choice. None has many ways to fit."""
 
 
 def write(folder: Path, model: GPT2LMModel, base_name: str) -> None:
@@ -208,14 +212,19 @@ def _scaling(settings: Mapping[str, Any], name: str, rank: int) -> float:
 
 
 def _setting(settings: Mapping[str, Any], key: str, name: str) -> float:
-    """By PEFT's rule: a pattern fits where it is the end of the module's name."""
+    """By PEFT's rule: a pattern fits where it is the end of the module's name.
+
+    Raises UserError for what cannot be read and for a regular expression that may take forever.
+    """
     try:
         patterns = settings.get({"r": "rank_pattern", "lora_alpha": "alpha_pattern"}[key]) or {}
+        if unsafe := next((end for end in patterns if not _PATTERN.fullmatch(end)), None):
+            raise ValueError(rf"{brief(unsafe)} is more than names, .* before them, \d+, [0-9] and one (a|b)")
         fitting = [
             value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", f"transformer.{name}")
         ]
         return float(fitting[0] if fitting else settings.get(key, 8))
-    except (AttributeError, TypeError, ValueError, re.error) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError, re.error) as error:
         raise UserError(CONFIG_FILE, f"has a {key} that cannot be read ({error})", "mend it") from None
 
 
