@@ -23,6 +23,12 @@ TARGETS = {
 }
 """LoRA's other targets and the layer of a block that each adapts as a whole."""
 
+_THEIR_SIZES = (
+    "vocab_size", "n_positions", "n_ctx", "n_embd", "n_layer", "n_head", "layer_norm_epsilon",
+    "initializer_range",
+)  # fmt: skip
+"""What is taken from transformers' config.json."""
+
 _THEIR_USUAL = {
     "activation_function": "gelu_new",
     "scale_attn_weights": True,
@@ -210,7 +216,7 @@ class GPT2Config:
             if (inner := values.get("n_inner")) not in (None, 4 * width):
                 raise ValueError(f"{path}: n_inner is {inner}, GPT-2 has 4 * n_embd, {4 * width}")
             values = {"n_ctx": values.get("n_positions", self.n_ctx), **values}
-            values = {key: value for key, value in values.items() if key in self.__dict__}
+            values = {key: value for key, value in values.items() if key in _THEIR_SIZES}
         if unknown := sorted(values.keys() - self.__dict__.keys()):
             raise ValueError(f"{path}: no such settings: {', '.join(unknown)}")
         self.__dict__.update(values)

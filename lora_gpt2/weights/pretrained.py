@@ -1,6 +1,6 @@
 """Bases to adapt: a model of ours, a GPT-2 folder or file, or a name on the hub."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -30,14 +30,21 @@ def load_base(
     they are cut. `may_be_missing`: patterns of weights that stay random when the base lacks them.
     Raises UserError.
     """
+    model.load_weight(_fitting(model.config, source, card, tokenizer, may_be_missing), may_be_missing)
+
+
+def _fitting(
+    config: GPT2Config, source: str, card: str, tokenizer: str, may_be_missing: Sequence[str]
+) -> dict[str, Tensor]:
+    """The weights found at `source`, compared with `config` before a model of its sizes takes memory."""
     path = _locate(source)
     description, tensors = _read(path)
     if description is not None:
         if description.kind != "model":
             raise UserError(path, "holds an adapter, not a base", "give the base's own run or file as base=")
-        check_description(path, description, model.config, card, tokenizer)
+        check_description(path, description, config, card, tokenizer)
     elif (path.parent / "config.json").is_file():
-        _check_architecture(path.parent / "config.json", card, model.config)
+        _check_architecture(path.parent / "config.json", card, config)
     try:
         tensors = canonical(tensors)
         if lora := [name for name in tensors if is_lora(name)]:
@@ -46,10 +53,23 @@ def load_base(
             raise UserError(path, f"holds {held} ({lora[0]} and others)", do)
         positions = tensors.get(POSITION_TABLE)
         if positions is not None:
-            tensors[POSITION_TABLE] = positions[: model.config.n_positions]
-        model.load_weight(tensors, may_be_missing)
-    except ValueError as error:
+            tensors[POSITION_TABLE] = positions[: config.n_positions]
+        blocks = config.n_layer if may_be_missing else _blocks(tensors) + 1  # of those lacking one is told
+        _without_values(config, blocks).load_weight(tensors, may_be_missing)
+    except (RuntimeError, ValueError) as error:  # torch cannot even tell the size of some
         raise UserError(path, f"does not fit model {card}: {error}", CHOOSE) from None
+    return tensors
+
+
+def _blocks(names: Iterable[str]) -> int:
+    return len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
+
+
+def _without_values(config: GPT2Config, most_blocks: int) -> GPT2LMModel:
+    """The base of these sizes in no memory, to compare names and shapes with."""
+    values = {**config.without_lora().to_dict(), "n_layer": min(config.n_layer, most_blocks)}
+    with torch.device("meta"):
+        return GPT2LMModel(GPT2Config.from_dict(values))
 
 
 def build_base(
@@ -61,10 +81,11 @@ def build_base(
     may_be_missing: Sequence[str] = (),
 ) -> GPT2LMModel:
     """A model with the base weights found at `source`, or random ones drawn from `seed`."""
+    tensors = None if source is None else _fitting(config, source, card, tokenizer, may_be_missing)
     torch.manual_seed(seed)
     model = GPT2LMModel(config)
-    if source is not None:
-        load_base(model, source, card, tokenizer, may_be_missing)
+    if tensors is not None:
+        model.load_weight(tensors, may_be_missing)
     return model
 
 

@@ -77,10 +77,13 @@ def test_transformers_json_is_understood(tmp_path):
                 "n_embd": 16,
                 "n_head": 2,
                 "attn_pdrop": 0.1,
+                "vocab_multiple": 10**12,
+                "lora_attn_dim": 4,
             }
         )
     )
     config = GPT2Config(path)
+    assert (config.padded_vocab_size, config.lora_attn_dim) == (10, 0), "these are ours"
     assert (config.vocab_size, config.n_positions, config.n_ctx, config.n_embd) == (10, 64, 64, 16)
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -7,7 +9,7 @@ from transformers import GPT2LMHeadModel
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.pretrained import describe_base, load_base
+from lora_gpt2.weights.pretrained import build_base, describe_base, load_base
 from lora_gpt2.weights.store import Description, save_model
 
 CONFIG = GPT2Config(13, 16, 16, 8, 2, 2, lora_attn_dim=2)
@@ -137,6 +139,20 @@ def test_a_difference_from_the_card_names_both_values(tmp_path, theirs, sizes, m
         load_base(model, str(tmp_path), "tiny", "tokens")
 
 
+@pytest.mark.parametrize(
+    ("size", "value", "fault"),
+    [("n_layer", 10**18, r"12 missing \(transformer.h.2.attn"), ("n_embd", 10**8, "28 misshapen"),
+     ("n_embd", 10**18, ""), ("n_positions", 10**12, "1 misshapen"), ("vocab_size", 10**12, "1 misshapen")],
+)  # fmt: skip
+def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, theirs, size, value, fault):
+    """They stand in a folder's config.json, which anyone can write."""
+    theirs.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), size: value}))
+    with pytest.raises(UserError, match=f"does not fit model tiny: {fault}"):
+        build_base(describe_base(str(tmp_path)).gpt2_config, str(tmp_path), "tiny", "tokens", 0)
+
+
 def test_a_shorter_context_and_dropout_may_differ_from_the_base(tmp_path, theirs):
     theirs.save_pretrained(tmp_path)
     model = GPT2LMModel(GPT2Config(13, 9, 9, 8, 2, 2, fix_dropout=0.2, vocab_multiple=8)).eval()
@@ -156,6 +172,16 @@ def test_a_partial_load_happens_only_by_name(tmp_path, theirs, model):
     load_base(model, str(tmp_path), "tiny", "tokens", ["transformer.wpe.*"])
     assert torch.equal(model.transformer.wpe.weight, before)
     assert torch.equal(model.transformer.wte.weight, theirs.transformer.wte.weight)
+
+
+def test_most_blocks_may_be_missing_by_name(tmp_path):
+    model = GPT2LMModel(GPT2Config(13, 16, 16, 8, 4, 2))
+    held = {
+        name: value + 1 for name, value in model.weights().items() if ".h." not in name or ".h.3." in name
+    }
+    torch.save(held, tmp_path / "last.pt")
+    load_base(model, str(tmp_path / "last.pt"), "tiny", "tokens", ["transformer.h.[012].*"])
+    assert all(torch.equal(model.weights()[name], value) for name, value in held.items())
 
 
 def test_a_checkpoint_of_nanogpt_is_read(tmp_path, theirs, model):
