@@ -32,6 +32,10 @@ _BLOCK = 100_000
 """So many different rows; a larger corpus repeats them, each time with another number before them."""
 
 
+_TEXTS = 1_000_000
+"""The most rows that have a text, for the scores of what is decoded."""
+
+
 class Sample(NamedTuple):
     seconds: float
     step: int
@@ -136,6 +140,8 @@ def _write_corpus(count: int, folder: Path) -> None:
         with open(folder / f"{split}.jsonl", "w") as file:
             for number in range(size):
                 file.write(f'{{"context": [{number // _BLOCK % end}, {block[number % len(block)]}')
+    texts = ({"context": f"row {number}", "completion": "a text"} for number in range(min(_TEXTS, count)))
+    (folder / "train.text.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
     source = {"source": "soak", "vocab_size": about.vocab_size, "end_token": end, "sha256": about.sha256}
     split = {"rows": count, "contexts": count, "context_tokens": 20, "completion_tokens": 20, "longest": 62}
     meta = {"format": FORMAT, "corpus": "jsonl", "tokenizer": source, "splits": {"train": split}}

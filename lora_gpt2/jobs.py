@@ -36,6 +36,17 @@ _STALE = 10 * _BEAT
 """A job that has not for so long is cut off, whatever runs under the number of its process."""
 
 
+_KINDS: dict[str, Any] = {
+    "settings": dict,
+    "started": str,
+    "seconds": int | float,
+    "valid_loss": int | float | None,
+    "error": str | None,
+    "process": int,
+    "host": str,
+}
+
+
 class State(str, Enum):
     running = "running"
     finished = "finished"
@@ -75,7 +86,7 @@ class Job:
             return True
         try:
             os.kill(self.process, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):  # there can be no such number
             return False
         except PermissionError:
             pass
@@ -107,7 +118,10 @@ class Job:
         held = read_json(path, "remove it: the job runs again")
         try:
             held.pop("key")
-            return cls(**{**held, "state": State(held["state"])}, seen=path.stat().st_mtime)
+            job = cls(**{**held, "state": State(held["state"])}, seen=path.stat().st_mtime)
+            if not all(isinstance(getattr(job, name), kind) for name, kind in _KINDS.items()):
+                raise TypeError
+            return job
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(path, "does not tell of a job", "remove it: the job runs again") from None
 

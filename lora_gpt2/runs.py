@@ -167,7 +167,8 @@ def checkpoint_file(resume: str | None) -> str | None:
     if not path.is_file():
         raise UserError(path, "there is no such file", "give the folder of a run or one of its .ckpt files")
     held = read_pickle(path, mmap=True)
-    if "state_dict" not in held or "optimizer_states" not in held:
+    kinds = {"state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "loops": dict}
+    if not all(isinstance(held.get(name), kind) and held[name] for name, kind in kinds.items()):
         raise UserError(path, "holds no state of a run", "give the run's folder or one of its .ckpt files")
     return str(path)
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -132,8 +133,18 @@ def test_what_does_not_decide_the_result_does_not_count(settings):
     assert len(set(keys)) == 4
 
 
-def test_a_status_that_is_none_is_named(tmp_path):
-    (tmp_path / "status.json").write_text('{"state": 3}')
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"state": 3},
+        *({name: value} for name, value in [("seconds", "abc"), ("valid_loss", "x"), ("process", 1.5)]),
+    ],
+    ids=str,
+)
+def test_a_status_that_is_none_is_named(tmp_path, told):
+    Job({}, State.running, "today").write(tmp_path)
+    held = json.loads((tmp_path / "status.json").read_text())
+    (tmp_path / "status.json").write_text(json.dumps({**held, **told}))
     with pytest.raises(UserError, match=r"status.json: does not tell of a job; remove it"):
         Job.read(tmp_path)
     with pytest.raises(UserError, match="holds no jobs"):
@@ -222,6 +233,11 @@ def test_what_a_sweep_s_folder_may_not_ask_for_is_refused(tmp_path, main, place,
     (tmp_path / jobs.SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
     told, _ = main(cli.main, "sweep", "resume", tmp_path)
     assert f"asks for {override}, which is not done at a file's word" in told
+
+
+def test_no_process_has_a_number_that_large(tmp_path):
+    Job({}, State.running, "today", process=10**30, host=socket.gethostname()).write(tmp_path)
+    assert Job.read(tmp_path).told()[0] == "cut off"
 
 
 def test_several_adapters_at_once_are_points_too(tmp_path, tiny, run):

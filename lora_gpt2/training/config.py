@@ -1,5 +1,6 @@
 """The group `optimizer`: AdamW and the course of its learning rate."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -46,11 +47,11 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         checks = {
-            "lr": (all(rate > 0 for rate in listed(self.lr)), "above 0"),
+            "lr": (all(0 < rate < math.inf for rate in listed(self.lr)), "above 0, and finite"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "in [0, 1)"),
-            "eps": (self.eps > 0, "above 0"),
-            "weight_decay": (self.weight_decay >= 0, "at least 0"),
-            "lora_plus_ratio": (self.lora_plus_ratio > 0, "above 0"),
+            "eps": (0 < self.eps < math.inf, "above 0, and finite"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0, and finite"),
+            "lora_plus_ratio": (0 < self.lora_plus_ratio < math.inf, "above 0, and finite"),
             "warmup_steps": (self.warmup_steps >= 0, "at least 0"),
             "cycle_steps": (self.cycle_steps >= 1, "at least 1"),
             "plateau_factor": (0 < self.plateau_factor < 1, "between 0 and 1"),

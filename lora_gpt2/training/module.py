@@ -111,7 +111,7 @@ class LanguageModeling(LightningModule):
         if "members" in checkpoint:
             what = f"the checkpoint is of several adapters: {'; '.join(checkpoint['members'])}"
             raise UserError("resume", what, "give the settings of that run")
-        if "config" not in checkpoint:
+        if not isinstance(checkpoint.get("config"), dict):
             do = "resume from a checkpoint of this version's train.py"
             raise UserError("resume", "the checkpoint does not say its model", do)
         theirs = GPT2Config.from_dict(checkpoint["config"])

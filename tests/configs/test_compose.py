@@ -103,7 +103,10 @@ def test_the_papers_decoding_is_the_default():
         ("data.batch_size=0", "data.batch_size must be at least 1, not 0"),
         ("data=e2e", "data.root is missing"),
         ("optimizer.lr=-1", "optimizer.lr must be above 0"),
-        ("optimizer.lora_plus_ratio=0", "optimizer.lora_plus_ratio must be above 0, not 0"),
+        ("optimizer.lr=inf", "optimizer.lr must be above 0, and finite, not inf"),
+        ("optimizer.weight_decay=nan", "optimizer.weight_decay must be at least 0, and finite, not nan"),
+        ("seed=1e30", r"seed must be in \[0, 2\*\*32\), not 1000"),
+        ("optimizer.lora_plus_ratio=0", "optimizer.lora_plus_ratio must be above 0, and finite, not 0"),
     ],
 )
 def test_a_wrong_setting_is_named(override, message):

@@ -98,6 +98,15 @@ def test_what_cannot_be_resumed_is_named(tmp_path, tiny, source, more, message):
         train(tmp_path / "b", *tiny, "lora=qv", *more, f"resume={tmp_path / source}")
 
 
+@pytest.mark.parametrize("change", [{"loops": {}}, {"optimizer_states": 3}, {"config": 5}], ids=str)
+def test_a_checkpoint_without_its_parts_is_named(tmp_path, tiny, change):
+    train(tmp_path / "a", *tiny, "lora=qv", "trainer.max_steps=1")
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    torch.save({**torch.load(last, weights_only=True), **change}, last)
+    with pytest.raises(UserError, match=r"holds no state of a run|the checkpoint does not say its model"):
+        train(tmp_path / "b", *tiny, "lora=qv", f"resume={tmp_path / 'a'}")
+
+
 def test_a_run_killed_in_its_validation_validates_again(tmp_path, tiny):
     """Or it would know of no better weights than those of before."""
     arguments = [*tiny, *MORE, "lora=qv", "trainer.val_check_interval=3"]
