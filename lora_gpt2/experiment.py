@@ -29,8 +29,9 @@ from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.reporting import screen
 from lora_gpt2.scoring import Asked, longest_context
 from lora_gpt2.settings import GenerateSettings, TrainSettings
+from lora_gpt2.signals import Signals
 from lora_gpt2.training.callbacks import Progress, RanksAgree
-from lora_gpt2.training.checkpoints import WholeCheckpoints
+from lora_gpt2.training.checkpoints import LastCheckpoint, WholeCheckpoints
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
 from lora_gpt2.weights.pretrained import build_base
@@ -78,7 +79,7 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
                 notes = {"steps": trainer.global_step, "valid_loss": loss}
                 runs.save(folder / name, modules[name], member, data.tokenizer, notes)
                 screen.artefacts(folder / name)
-        trainer.strategy.barrier()  # until the weights are there for all ranks
+        _obey(_signals(callbacks), trainer, f"behind the last step, go on with resume={folder}")
         for name, member in members.items() if settings.score else ():
             scores = generate(_scoring(member, str(folder / name)), folder / name)
             prefix = "/".join(filter(None, ["final", settings.score, name]))
@@ -302,4 +303,16 @@ def _decode(
     decoding.done = done
     loader = DataLoader(queries, sampler=share, batch_size=None)
     trainer.predict(decoding, loader, return_predictions=False)
-    trainer.strategy.barrier()
+    _obey(decoding.signals, trainer, f"decoding, what is done is kept in {parts.folders[0]}")
+
+
+def _signals(callbacks: Sequence[Callback]) -> Signals:
+    """What was told during the fit."""
+    return next((one.signals for one in callbacks if isinstance(one, LastCheckpoint)), Signals())
+
+
+def _obey(signals: Signals, trainer: Trainer, where: str) -> None:
+    """Waits for all ranks, and ends them where one was told to stop: what each had to write is there."""
+    told = torch.tensor(signals.told, device=trainer.strategy.root_device)
+    if number := int(trainer.strategy.reduce(told, reduce_op="max")):
+        raise signals.end(number, trainer.is_global_zero, where)

@@ -13,18 +13,19 @@ from typing import IO, Any, cast
 from zlib import crc32
 
 from lightning import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lora_gpt2.decoding.config import DecodingSettings
 from lora_gpt2.decoding.decoder import Query, decode_stream
 from lora_gpt2.decoding.phrases import Phrases
-from lora_gpt2.decoding.state import Hypothesis
+from lora_gpt2.decoding.state import Beams, Hypothesis
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import replacing
 from lora_gpt2.model.inference import prepare_for_decoding
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import Precision
+from lora_gpt2.signals import Signals
 
 _CHUNK = 1024
 """Queries that are handed to a rank at a time; the last ones of each leave places idle."""
@@ -102,7 +103,10 @@ class Queries(Dataset[list[Query]]):
 
 
 class Decoding(LightningModule):
-    """Decodes queries, each by the model of the adapter that it asks for, and hands on what is done."""
+    """Decodes queries, each by the model of the adapter that it asks for, and hands on what is done.
+
+    Told to stop, it leaves the rest undone, within a token; ``signals`` says so.
+    """
 
     def __init__(
         self,
@@ -116,12 +120,14 @@ class Decoding(LightningModule):
         self.settings, self.end_tokens = settings, end_tokens
         self.done: Callable[[int, list[Hypothesis]], None] = lambda number, outputs: None
         """Is given number and outputs, best first, of each query, as they come."""
+        self.signals = Signals()
 
     def on_predict_start(self) -> None:
         """Lays the models out for decoding where they are now; the trainer's own types stay as they are.
 
         Raises UserError where both name a type.
         """
+        self.signals.listen()
         precision = self.settings.precision
         if self.trainer.precision == "32-true":
             for model in self.models:
@@ -131,13 +137,23 @@ class Decoding(LightningModule):
             raise UserError("decoding.precision", what, "leave trainer.precision out")
 
     def predict_step(self, batch: list[Query], batch_idx: int) -> None:
-        for name, group in groupby(batch, key=lambda query: query.adapter):
-            model = cast(GPT2LMModel, self.models[self.names.index(name)])
-            for number, outputs in decode_stream(model, group, self.settings, self.end_tokens):
-                self.done(number, outputs)
+        with contextlib.suppress(_Told):
+            for name, group in groupby(batch, key=lambda query: query.adapter):
+                model = cast(GPT2LMModel, self.models[self.names.index(name)])
+                found = decode_stream(model, group, self.settings, self.end_tokens, self._watch)
+                for number, outputs in found:
+                    self.done(number, outputs)
+
+    def _watch(self, beams: Beams, parents: Tensor) -> None:
+        if self.signals.heard():
+            raise _Told
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
         return batch  # plain lists; `decode_stream` makes the tensors
+
+
+class _Told(Exception):
+    """To stop, between two tokens."""
 
 
 class Parts:

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
+from lora_gpt2.jobs import Job, State
+from lora_gpt2.training.callbacks import Progress
 from lora_gpt2.weights.store import read_pickle
 from tests.conftest import ROOT, script, train
 
@@ -78,6 +80,67 @@ def test_a_sweep_that_is_told_to_stop_begins_no_other_job(tmp_path, tiny, more):
     ):
         assert time.monotonic() < deadline, "its processes live on"
         time.sleep(0.2)
+
+
+class Told(Callback):
+    """Is told to stop in the validation behind the last step."""
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == trainer.max_steps:
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("more", [[], TWO], ids=["one device", "two"])
+def test_a_signal_behind_the_last_step_is_obeyed_when_all_is_saved(tmp_path, tiny, more):
+    told = "+callbacks.told={_target_: tests.training.test_checkpoints.Told}"
+    arguments = [
+        "-m",
+        *tiny,
+        *more,
+        "lora=qv",
+        "trainer.max_steps=6",
+        "seed=1,2",
+        "score=valid",
+        "decoding.eval_len=16",
+    ]
+    done = script("train", *arguments, told, f"hydra.sweep.dir={tmp_path}")
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "SIGTERM: stopped behind the last step, go on with resume=" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0"]
+    assert (tmp_path / "0" / "adapter.safetensors").is_file()
+    assert not (tmp_path / "0" / "scores.json").exists()
+    assert Job.read(tmp_path / "0").state is State.failed
+
+
+@pytest.mark.parametrize(
+    ("number", "more"), [(signal.SIGTERM, TWO), (signal.SIGINT, []), (signal.SIGUSR1, [])], ids=str
+)
+def test_decoding_that_is_told_to_stop_keeps_what_is_done(tmp_path, run, tiny_corpus, number, more):
+    told = f"+callbacks.told={{_target_: tests.training.test_checkpoints.Decoded, number: {int(number)}}}"
+    arguments = ["data=jsonl", f"data.root={tiny_corpus}", "split=train", f"adapter={run / 'adapter'}"]
+    slow = ["decoding.batch_size=1", "decoding.eval_len=16", told, f"hydra.run.dir={tmp_path}"]
+    done = script("generate", *arguments, *slow, *more)
+    assert done.returncode == 128 + number, done.stderr
+    assert f"stopped decoding, what is done is kept in {tmp_path}" in done.stdout
+    assert not (tmp_path / "scores.json").exists()
+    assert "Traceback" not in done.stderr
+    lines = [path.read_bytes().count(b"\n") for path in tmp_path.glob(".part-*.jsonl")]
+    assert len(lines) < sum(lines) < 10, "some are done, and not half of them"
+
+
+class Decoded(Progress):
+    """Is told to stop behind the first output of the first process; the others have as much as they like."""
+
+    def __init__(self, number):
+        super().__init__(0)
+        self.number = number
+
+    def on_decoded(self, total):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(1)
+        elif not self._decoded:
+            signal.raise_signal(self.number)
+        super().on_decoded(total)
 
 
 def test_a_folder_belongs_to_one_run(tmp_path, tiny):

@@ -1,0 +1,78 @@
+"""Signals that ask a run to stop: noted, told to its other processes, obeyed, handed on to a child."""
+
+import signal
+import time
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+]
+"""Ask a run to stop: a terminal, a system that shuts down, a scheduler that needs the machine."""
+
+_AGAIN = 3.0
+"""Seconds within which several are one: a terminal tells all its processes, and the first hands it on."""
+
+_KEY = "told to stop"
+"""Where processes tell each other."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the run. The exit code is 128 and the signal's number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Signals:
+    """Notes the first of `SIGNALS`, to be obeyed where that is safe; a later one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.told = 0
+        """The signal that this process got; it may come at any moment."""
+        self._at = self._asks = 0.0
+        self._others = False
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """In place of Lightning's own handlers, until its trainer puts back what was there before them."""
+        with suppress(ValueError):  # not in the main thread: the signals are another's
+            self._before = {number: signal.signal(number, self._tell) for number in SIGNALS}
+
+    def heard(self) -> bool:
+        """Whether this process was told, or another: they ask each other once a second, waiting for none."""
+        from torch import distributed  # so late that a wrong setting is reported before torch is loaded
+
+        now = time.monotonic()
+        if (self.told or now > self._asks) and distributed.is_initialized():
+            self._asks, store = now + 1, distributed.distributed_c10d._get_default_store()
+            if self.told:
+                store.set(_KEY, "")
+            self._others = store.check([_KEY])
+        return bool(self.told) or self._others
+
+    def end(self, number: int, first: bool, where: str) -> SystemExit:
+        """What ends this process, told or not. SIGUSR1 and SIGUSR2 go to whom they were for before, too.
+
+        That is a scheduler's way to begin the job again.
+        """
+        stopped, before = Stopped(number), self._before.get(number)
+        if first:
+            print(f"{stopped}: stopped {where}", flush=True)
+        if stopped.name.startswith("SIGUSR") and callable(before):
+            before(number, None)
+        # in peace on other processes: Lightning kills the first where another fails
+        return stopped if first else SystemExit(0)
+
+    def _tell(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.told:
+            self.told, self._at = number, now
+        elif now - self._at > _AGAIN:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
