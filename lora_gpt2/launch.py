@@ -1,11 +1,8 @@
 """How a job of ``train.py`` begins: alone, in a sweep, or as a run of its own with processes of its own."""
 
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
 from lora_gpt2.jobs import STATUS_FILE, Job, parsed, run, split, sweep_of
 from lora_gpt2.settings import TrainSettings
+from lora_gpt2.signals import wait_for
 
 
 def main() -> None:
@@ -102,15 +100,7 @@ def _train_apart(here: HydraConf, settings: TrainSettings, folder: Path) -> floa
     resume = [] if settings.resume is None else [f"resume={quoted(settings.resume)}"]
     overrides = [*here.overrides.task, *resume, "hydra.output_subdir=null"]
     clean = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
-    process = subprocess.Popen(command(overrides, folder), cwd=here.runtime.cwd, env=clean)
-    try:
-        with _handed_on(process):
-            code = process.wait()
-    finally:
-        process.terminate()
-        process.wait()
-    if code > 128:
-        raise SystemExit(code)  # by a signal: the sweep is to stop
+    code = wait_for(command(overrides, folder), cwd=here.runtime.cwd, env=clean)
     ended = Job.read(folder)
     if code or ended is None:
         why = f": {ended.error}" if ended is not None and ended.error else ""
@@ -130,22 +120,6 @@ _OF_RANKS = (
     "MASTER_PORT",
 )
 """Lightning leaves these behind a job of several devices; in the next they would mean that it has them."""
-
-
-@contextmanager
-def _handed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Gives `process` the signals that ask this one to stop; a terminal's go to both by themselves."""
-    names = "SIGTERM", "SIGUSR1", "SIGUSR2"
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before: dict[int, Any] = {}
-    with suppress(ValueError):  # not in the main thread: the signals are another's
-        for number in numbers:
-            before[number] = signal.signal(number, lambda told, _: process.send_signal(told))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def command(overrides: Iterable[str], folder: Path) -> list[str]:

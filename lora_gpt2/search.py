@@ -1,7 +1,6 @@
 """A search over settings by Optuna: each trial a job of ``train.py`` in a folder of its own."""
 
 import json
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from lora_gpt2.files import locked
 from lora_gpt2.jobs import SEARCH_FILE, Job, State
 from lora_gpt2.reporting import sweep
 from lora_gpt2.reporting.sweep import FALLING, LOSS
+from lora_gpt2.signals import wait_for
 
 _STUDY = "search"
 
@@ -70,9 +70,7 @@ def search(
             chosen = [f"{key}={one.suggest(trial)}" for key, one in spaces.items()]
             print(f"trial {trial.number}: {' '.join(chosen)}", flush=True)
             place = folder / str(trial.number)
-            code = _train(place, [*fixed, *chosen], folder, trial.number)
-            if code > 128:
-                raise SystemExit(code)  # by a signal: the search is to stop
+            _train(place, [*fixed, *chosen], folder, trial.number)
             _tell(study, trial, place, by)
             failed = failed + 1 if study.trials[-1].state is TrialState.FAIL else 0
             if failed == 3:
@@ -159,12 +157,11 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float) else str(value)
 
 
-def _train(place: Path, overrides: list[str], folder: Path, number: int) -> int:
+def _train(place: Path, overrides: list[str], folder: Path, number: int) -> None:
     """One trial as a process of its own: what it does to memory or to the machine ends with it."""
     pruning = {"_target_": f"{__name__}.Pruning", "folder": str(folder.resolve()), "number": number}
     told = ",".join(f"{name}:{json.dumps(value)}" for name, value in pruning.items())
-    command = launch.command([*overrides, f"+callbacks.pruning={{{told}}}"], place)
-    return subprocess.run(command, check=False).returncode
+    wait_for(launch.command([*overrides, f"+callbacks.pruning={{{told}}}"], place))
 
 
 def _tell(study: optuna.Study, trial: optuna.Trial, place: Path, by: str) -> None:

@@ -1,7 +1,9 @@
 """Signals that ask a run to stop: noted, told to its other processes, obeyed, handed on to a child."""
 
 import signal
+import subprocess
 import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from types import FrameType
 from typing import Any
@@ -41,8 +43,7 @@ class Signals:
 
     def listen(self) -> None:
         """In place of Lightning's own handlers, until its trainer puts back what was there before them."""
-        with suppress(ValueError):  # not in the main thread: the signals are another's
-            self._before = {number: signal.signal(number, self._tell) for number in SIGNALS}
+        self._before = _given_to(self._tell)
 
     def heard(self) -> bool:
         """Whether this process was told, or another: they ask each other once a second, waiting for none."""
@@ -76,3 +77,39 @@ class Signals:
         elif now - self._at > _AGAIN:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
+
+
+def wait_for(command: Sequence[str], **how: Any) -> int:
+    """The exit code of `command`, started as `how` says; each of `SIGNALS` is handed on to it.
+
+    Raises Stopped, when it has ended, where this process was told meanwhile or a signal ended the command.
+    """
+    told: list[int] = []
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
+        for process in begun:
+            with suppress(ValueError):  # on Windows a terminal's has reached it by itself
+                process.send_signal(number)
+
+    before = _given_to(hand_on)
+    try:
+        begun.append(subprocess.Popen(command, **how))
+        if told:  # before it could be handed on
+            begun[0].send_signal(told[0])
+        code = begun[0].wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    number = told[0] if told else -code if code < 0 else code - 128
+    if told or code < 0 or number in SIGNALS:
+        raise Stopped(number)
+    return code
+
+
+def _given_to(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Who had each of `SIGNALS` before."""
+    with suppress(ValueError):  # not in the main thread: they are another's
+        return {number: signal.signal(number, handler) for number in SIGNALS}
+    return {}

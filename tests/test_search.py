@@ -1,8 +1,10 @@
 """A search by Optuna: which settings it asks for, what it gives up, and that it goes on."""
 
+import sys
 from types import SimpleNamespace
 
 import optuna
+import psutil
 import pytest
 
 from lora_gpt2 import search as module
@@ -10,6 +12,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
 from lora_gpt2.jobs import Job, State
 from lora_gpt2.search import _parsed, search
+from lora_gpt2.signals import Stopped
 
 
 class Trial:
@@ -68,7 +71,6 @@ def fake(losses, monkeypatch):
         place.mkdir()
         job.write(place)
         monkeypatch.setitem(values, place, loss)
-        return 0
 
     values: dict = {}
     monkeypatch.setattr(module, "_train", train)
@@ -137,6 +139,14 @@ def test_a_trial_whose_process_was_lost_is_not_waited_for(tmp_path, monkeypatch)
     module._study(tmp_path).ask()
     study = search(tmp_path, ["lora.rank=choice(1,2)"], 1)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+
+
+def test_a_search_that_is_told_to_stop_takes_its_trial_along(tmp_path, monkeypatch):
+    code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    monkeypatch.setattr(module.launch, "command", lambda overrides, place: [sys.executable, "-c", code])
+    with pytest.raises(Stopped, match="SIGTERM"):
+        search(tmp_path, ["lora.rank=choice(1,2)"], 9)
+    assert not psutil.Process().children()
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
-from lora_gpt2.jobs import Job, State
+from lora_gpt2.jobs import Job
 from lora_gpt2.training.callbacks import Progress
 from lora_gpt2.weights.store import read_pickle
 from tests.conftest import ROOT, script, train
@@ -25,17 +25,22 @@ LONG = ["trainer.max_epochs=4", "callbacks.progress.every=0", "lora=qv"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 
 
-def stopped(signals, *arguments):
-    """A training that gets signals behind its third step; its exit code and what it said."""
+def stopped(number, *arguments):
+    """A training that is told to stop behind its third step; its exit code and what it said.
+
+    Ctrl-C goes to all of its processes, as from a terminal.
+    """
     command = [sys.executable, ROOT / "train.py", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = ""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    tell = os.killpg if number == signal.SIGINT else os.kill
+    said, told = "", False
     for line in process.stdout:
         said += line
-        if "step 3/" in line:
-            for number in signals:
-                process.send_signal(number)
-            signals = []
+        if "step 3/" in line and not told:
+            tell(process.pid, number)
+            told = True
     return process.wait(timeout=120), said
 
 
@@ -46,7 +51,7 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_weights(tmp_path, tiny, 
     whole, broken, resumed = (tmp_path / name for name in ("whole", "broken", "resumed"))
     arguments = [*tiny, *LONG, *more]
     slow = "+callbacks.slow={_target_: tests.training.test_checkpoints.Slow}"
-    code, said = stopped([number], *arguments, slow, f"hydra.run.dir={broken}")
+    code, said = stopped(number, *arguments, slow, f"hydra.run.dir={broken}")
     assert code == 128 + number, said
     assert f"{number.name}: stopped behind step" in said
     assert f"go on with resume={broken}" in said
@@ -66,12 +71,15 @@ class Slow(Callback):
         time.sleep(0.2)
 
 
-@pytest.mark.parametrize("more", [[], TWO], ids=["one device", "two"])
-def test_a_sweep_that_is_told_to_stop_begins_no_other_job(tmp_path, tiny, more):
+@pytest.mark.parametrize(
+    ("number", "more"), [(signal.SIGTERM, []), (signal.SIGTERM, TWO), (signal.SIGINT, TWO)], ids=str
+)
+def test_a_sweep_that_is_told_to_stop_begins_no_other_job(tmp_path, tiny, number, more):
     slow = "+callbacks.slow={_target_: tests.training.test_checkpoints.Slow}"
     where = f"hydra.sweep.dir={tmp_path}"
-    code, said = stopped([signal.SIGTERM], "-m", *tiny, *LONG, *more, slow, "seed=1,2", where)
-    assert code == 128 + signal.SIGTERM, said
+    code, said = stopped(number, "-m", *tiny, *LONG, *more, slow, "seed=1,2", where)
+    assert code == 128 + number, said
+    assert "Traceback" not in said
     assert not (tmp_path / "1").exists()
     assert (tmp_path / "0" / "checkpoints" / "last.ckpt").is_file()
     deadline = time.monotonic() + 30
@@ -109,7 +117,7 @@ def test_a_signal_behind_the_last_step_is_obeyed_when_all_is_saved(tmp_path, tin
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0"]
     assert (tmp_path / "0" / "adapter.safetensors").is_file()
     assert not (tmp_path / "0" / "scores.json").exists()
-    assert Job.read(tmp_path / "0").state is State.failed
+    assert Job.read(tmp_path / "0").error == "Stopped: SIGTERM"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""What a process does that waits for a child, when it is told to stop or the child was."""
+
+import signal
+import sys
+
+import pytest
+
+from lora_gpt2.signals import Stopped, wait_for
+
+TELLING = "import os, signal, sys, time; tell = lambda number: os.kill(os.getppid(), number); "
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=str)
+def test_a_child_that_saves_is_told_once_and_waited_for(tmp_path, number):
+    saves = f"""
+signal.signal({int(number)}, lambda *told: got.append(told[0]))
+got = []
+tell({int(number)})
+time.sleep(1)
+open(sys.argv[1], "w").write(str(len(got)))
+"""
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped) as stopped:
+        wait_for([sys.executable, "-c", TELLING + saves, str(tmp_path / "got")])
+    assert stopped.value.code == 128 + number
+    assert (tmp_path / "got").read_text() == "1"
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("does", "code"),
+    [
+        ("tell(signal.SIGTERM); time.sleep(60)", 128 + signal.SIGTERM),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
+        ("sys.exit(128 + signal.SIGUSR2)", 128 + signal.SIGUSR2),
+    ],
+)
+def test_a_child_that_a_signal_ended_has_stopped(does, code):
+    with pytest.raises(Stopped) as stopped:
+        wait_for([sys.executable, "-c", TELLING + does])
+    assert stopped.value.code == code
+
+
+@pytest.mark.parametrize("code", [0, 1, 255])
+def test_any_other_end_is_an_exit_code(code):
+    assert wait_for([sys.executable, "-c", f"raise SystemExit({code})"]) == code
