@@ -27,6 +27,7 @@ from lora_gpt2.files import write_json
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.reporting import screen
+from lora_gpt2.reporting.metrics import Metrics
 from lora_gpt2.scoring import Asked, longest_context
 from lora_gpt2.settings import GenerateSettings, TrainSettings
 from lora_gpt2.signals import Signals
@@ -221,7 +222,7 @@ def _logged(settings: TrainSettings, folder: Path) -> Iterator[list[Logger]]:
     logger: Logger = _build(settings.logger, **where)
     loggers = [logger]
     if not isinstance(logger, CSVLogger):
-        loggers.append(CSVLogger(folder, name="", version=""))
+        loggers.append(Metrics(folder, name="", version=""))
     close = getattr(logger, "close", lambda failed: None)
     try:
         for one in loggers:

@@ -188,12 +188,16 @@ def keep_metrics(folder: Path, resumed: bool) -> None:
 
 
 def logged(folder: Path, column: str) -> dict[float, float]:
-    """A column of metrics.csv by its steps, and before it that of the files of interrupted runs."""
+    """A column of metrics.csv by its steps, and before it that of the files of interrupted runs.
+
+    A last line that a kill cut short is left out.
+    """
     earlier = sorted(folder.glob("metrics.*.csv"), key=lambda path: (len(path.name), path))
     found: dict[float, float] = {}
     for path in filter(Path.is_file, [*earlier, folder / "metrics.csv"]):
         with open(path, encoding="utf-8", newline="") as file:
-            rows = [(row.get("step"), row.get(column)) for row in csv.DictReader(file)]
+            whole = [line for line in file if line.endswith("\n")]
+        rows = [(row.get("step"), row.get(column)) for row in csv.DictReader(whole)]
         found.update((float(step), float(value)) for step, value in rows if step and value)
     return dict(sorted(found.items()))
 

@@ -133,13 +133,15 @@ def test_seeds_are_put_together_and_other_inputs_told_apart(tmp_path, swept):
 def test_curves_go_back_before_an_interruption(tmp_path):
     rows = {
         "metrics.1.csv": [(1, 4.0), (2, 3.0)],
-        "metrics.2.csv": [(2, 3.5), (3, 2.0)],
+        "metrics.2.csv": [(2, 3.5)],
         "metrics.csv": [(4, 1.0)],
     }
     for name, values in rows.items():
         lines = "".join(f"{step},{value}\n" for step, value in values)
         (tmp_path / name).write_text("step,train/loss\n" + lines)
-    assert runs.logged(tmp_path, "train/loss") == {1: 4.0, 2: 3.5, 3: 2.0, 4: 1.0}
+    with open(tmp_path / "metrics.1.csv", "a") as file:
+        file.write("3,2")  # of 2.25
+    assert runs.logged(tmp_path, "train/loss") == {1: 4.0, 2: 3.5, 4: 1.0}
     assert runs.logged(tmp_path / "none", "train/loss") == {}
 
 
