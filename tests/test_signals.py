@@ -1,6 +1,7 @@
-"""What a process does that waits for a child, when it is told to stop or the child was."""
+"""What a process does that is told to stop, and one that waits for a child."""
 
 import signal
+import subprocess
 import sys
 
 import pytest
@@ -44,3 +45,19 @@ def test_a_child_that_a_signal_ended_has_stopped(does, code):
 @pytest.mark.parametrize("code", [0, 1, 255])
 def test_any_other_end_is_an_exit_code(code):
     assert wait_for([sys.executable, "-c", f"raise SystemExit({code})"]) == code
+
+
+@pytest.mark.parametrize(("seconds", "ended"), [(0, ""), (4, "SIGTERM")])
+def test_a_second_signal_ends_a_process_at_once_unless_it_is_the_same_one_twice(seconds, ended):
+    twice = f"""
+import signal
+from lora_gpt2 import signals
+told = signals.Signals()
+told.listen()
+signal.raise_signal(signal.SIGTERM)
+assert told.told == signal.SIGTERM
+told._at -= {seconds}
+signal.raise_signal(signal.SIGTERM)
+"""
+    code = subprocess.run([sys.executable, "-c", twice], check=False).returncode
+    assert (signal.Signals(-code).name if code else "") == ended
