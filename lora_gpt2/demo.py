@@ -9,6 +9,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 
 from lora_gpt2 import gate, settings
+from lora_gpt2.files import locked
 from lora_gpt2.weights.store import ADAPTER_FILE, MODEL_FILE
 
 
@@ -51,13 +52,13 @@ def _stage(script: str, overrides: list[str], folder: Path, result: str) -> None
     gate.register()
     with initialize_config_module("configs", version_base="1.3"):
         cfg = compose(script, overrides=overrides)
-    folder.mkdir(parents=True, exist_ok=True)
     stages: dict[str, tuple[type, Callable[..., Any]]] = {
         "train": (settings.TrainSettings, experiment.train),
         "generate": (settings.GenerateSettings, experiment.generate),
     }
     schema, function = stages[script]
-    function(gate.resolve(cfg, schema), folder)
+    with locked(folder):
+        function(gate.resolve(cfg, schema), folder)
 
 
 def _scores(folder: Path) -> dict[str, Any]:

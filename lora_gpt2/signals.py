@@ -82,7 +82,8 @@ class Signals:
 def wait_for(command: Sequence[str], **how: Any) -> int:
     """The exit code of `command`, started as `how` says; each of `SIGNALS` is handed on to it.
 
-    Raises Stopped, when it has ended, where this process was told meanwhile or a signal ended the command.
+    Raises Stopped, when it has ended, where this process or the command was told by one of them. Any other
+    signal, as of a system without memory, is a failure of its own: the code is below 0.
     """
     told: list[int] = []
     begun: list[subprocess.Popen[bytes]] = []
@@ -103,7 +104,7 @@ def wait_for(command: Sequence[str], **how: Any) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     number = told[0] if told else -code if code < 0 else code - 128
-    if told or code < 0 or number in SIGNALS:
+    if number in SIGNALS:
         raise Stopped(number)
     return code
 

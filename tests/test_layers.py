@@ -12,7 +12,7 @@ import lora_gpt2
 PACKAGE = Path(lora_gpt2.__file__).parent
 LAYERS = [
     {"errors"},
-    {"files", "memory"},
+    {"files", "memory", "signals"},
     {"hub"},
     {"model"},
     {"weights"},

@@ -32,7 +32,7 @@ open(sys.argv[1], "w").write(str(len(got)))
     ("does", "code"),
     [
         ("tell(signal.SIGTERM); time.sleep(60)", 128 + signal.SIGTERM),
-        ("os.kill(os.getpid(), signal.SIGKILL)", 128 + signal.SIGKILL),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 128 + signal.SIGTERM),
         ("sys.exit(128 + signal.SIGUSR2)", 128 + signal.SIGUSR2),
     ],
 )
@@ -45,6 +45,10 @@ def test_a_child_that_a_signal_ended_has_stopped(does, code):
 @pytest.mark.parametrize("code", [0, 1, 255])
 def test_any_other_end_is_an_exit_code(code):
     assert wait_for([sys.executable, "-c", f"raise SystemExit({code})"]) == code
+
+
+def test_a_child_that_the_system_killed_has_failed():
+    assert wait_for([sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(("seconds", "ended"), [(0, ""), (4, "SIGTERM")])
