@@ -142,19 +142,25 @@ class BestCheckpoints(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = Path(str(self.dirpath))
         there = self._resumed or here
-        names = {path: Path(path).name for path in state_dict["best_k_models"]}
-        if all((there / name).is_file() for name in names.values()):
-            if there.resolve() != here.resolve() and first_process():
-                for name in names.values():
-                    with replacing(here / name) as temporary:
-                        shutil.copyfile(there / name, temporary)
-            moved = {path: str(here / name) for path, name in names.items()}
-            models = {moved[path]: score for path, score in state_dict["best_k_models"].items()}
-            paths = {
-                key: moved.get(state_dict[key], "") for key in ("best_model_path", "kth_best_model_path")
+        scores = {Path(path).name: score for path, score in state_dict["best_k_models"].items()}
+        if not all((there / name).is_file() for name in scores):
+            scores = {}
+        if there.resolve() != here.resolve() and first_process():
+            for name in scores:
+                with replacing(here / name) as temporary:
+                    shutil.copyfile(there / name, temporary)
+        best, kth = (Path(state_dict[key]).name for key in ("best_model_path", "kth_best_model_path"))
+        super().load_state_dict(
+            {
+                **state_dict,
+                "dirpath": self.dirpath,
+                "best_k_models": {str(here / name): score for name, score in scores.items()},
+                "best_model_path": str(here / best) if best in scores else "",
+                "best_model_score": state_dict["best_model_score"] if best in scores else None,
+                "kth_best_model_path": str(here / kth) if kth in scores else "",
+                "last_model_path": "",
             }
-            state_dict = {**state_dict, **paths, "dirpath": self.dirpath, "best_k_models": models}
-        super().load_state_dict(state_dict)
+        )
 
 
 class LowerRateOnPlateau(Callback):

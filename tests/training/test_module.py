@@ -147,9 +147,12 @@ def test_a_checkpoint_names_no_files_elsewhere(tmp_path, tiny):
     held = torch.load(last, weights_only=True)
     (state,) = (state for name, state in held["callbacks"].items() if name.startswith("BestCheckpoints"))
     state["best_k_models"] = dict.fromkeys([str(secret)], torch.tensor(0.0))
+    state["best_model_path"] = state["kth_best_model_path"] = str(secret)
+    state["dirpath"] = str(tmp_path / "second" / "checkpoints")
     torch.save(held, last)
     train(tmp_path / "second", *tiny, "trainer.max_epochs=2", f"resume={tmp_path / 'first'}")
     assert not list((tmp_path / "second").rglob(secret.name))
+    assert secret.read_text() == "secret"
 
 
 def test_a_plateau_lowers_the_rate(tmp_path, tiny, capsys):
