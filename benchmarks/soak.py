@@ -23,6 +23,7 @@ import numpy as np
 from machine import machine
 
 from lora_gpt2.data.encode import FORMAT, META
+from lora_gpt2.data.jsonl import TextRow, write_text_rows
 from lora_gpt2.data.tokenizer import load_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -30,10 +31,6 @@ MODEL = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2"]
 SMALL = [*MODEL, "lora=qv", "logger=none", "callbacks.progress.every=0"]
 _BLOCK = 100_000
 """So many different rows; a larger corpus repeats them, each time with another number before them."""
-
-
-_TEXTS = 1_000_000
-"""The most rows that have a text, for the scores of what is decoded."""
 
 
 class Sample(NamedTuple):
@@ -94,6 +91,8 @@ def predictions(count: int, folder: Path) -> dict[str, Any]:
     """Memory while `count` different contexts are decoded, and how many come out."""
     if not (folder / META).is_file():
         _write_corpus(count, folder)
+        texts = (TextRow(f"row {number}", "a text") for number in range(count))
+        write_text_rows(folder / "train.text.jsonl", texts)  # what is decoded is scored
     data = ["data=jsonl", f"data.root={folder}", f"data.cache={folder / 'cache'}", "data.seq_len=64"]
     base, run = folder / "base", folder / "run"
     training = ["logger=none", "trainer.max_steps=20", "trainer.limit_val_batches=0"]
@@ -140,8 +139,6 @@ def _write_corpus(count: int, folder: Path) -> None:
         with open(folder / f"{split}.jsonl", "w") as file:
             for number in range(size):
                 file.write(f'{{"context": [{number // _BLOCK % end}, {block[number % len(block)]}')
-    texts = ({"context": f"row {number}", "completion": "a text"} for number in range(min(_TEXTS, count)))
-    (folder / "train.text.jsonl").write_text("".join(f"{json.dumps(text)}\n" for text in texts))
     source = {"source": "soak", "vocab_size": about.vocab_size, "end_token": end, "sha256": about.sha256}
     split = {"rows": count, "contexts": count, "context_tokens": 20, "completion_tokens": 20, "longest": 62}
     meta = {"format": FORMAT, "corpus": "jsonl", "tokenizer": source, "splits": {"train": split}}

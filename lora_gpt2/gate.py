@@ -101,7 +101,7 @@ def resolve(cfg: DictConfig, schema: type[S]) -> S:
         for key, value in (cfg.get("point") or {}).items():
             OmegaConf.update(cfg, key, value)
         faults = list(_unknown_keys(cfg, schema)) or list(_ill_typed(cfg, schema))
-        if faults := faults or list(_unknown_arguments(cfg)):
+        if faults := faults or list(_faults_of_targets(cfg)):
             raise ConfigError("\n".join(faults))
         try:
             return cast(S, OmegaConf.to_object(cfg))
@@ -200,7 +200,7 @@ def _number(value: Any, kind: type) -> Any:
     return kind(value)
 
 
-def _unknown_arguments(cfg: DictConfig) -> Iterator[str]:
+def _faults_of_targets(cfg: DictConfig) -> Iterator[str]:
     """What is wrong with a `_target_` and its arguments; this imports what it names, torch among it."""
     for group in ("trainer", "callbacks", "logger"):
         nodes = OmegaConf.to_container(cfg.get(group, OmegaConf.create()), resolve=True)
@@ -224,7 +224,9 @@ def _faults_of_target(path: str, node: dict[str, Any]) -> Iterator[str]:
         return
     if not inspect.isclass(built):
         yield f"{path}._target_: {target} is no class"
-    elif not target.startswith(_own()) and not issubclass(built, _kinds()):  # a trusted module imports others
+    elif not target.startswith(_own()) and not issubclass(
+        built, _parts_of_a_trainer()
+    ):  # a trusted module imports others
         yield f"{path}._target_: {target} is no trainer and no part of one"
     elif all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in node.keys() - parameters.keys() - {"_target_", "_partial_"}:
@@ -255,8 +257,8 @@ def _trusted() -> tuple[str, ...]:
     return "lora_gpt2.", "lightning.Trainer", *theirs, *_own()
 
 
-def _kinds() -> tuple[type, ...]:
-    """What a trainer is made of."""
+def _parts_of_a_trainer() -> tuple[type, ...]:
+    """Classes; so late that a wrong setting is reported before torch is loaded."""
     from lightning import Callback, Trainer
     from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
     from lightning.pytorch.accelerators import Accelerator

@@ -45,6 +45,7 @@ _KINDS: dict[str, Any] = {
     "process": int,
     "host": str,
 }
+"""What a status.json holds of each."""
 
 
 class State(str, Enum):

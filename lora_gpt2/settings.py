@@ -91,7 +91,7 @@ class TrainSettings:
             raise ValueError("trainer.gradient_clip_val does not go with 16-mixed: use bf16-mixed")
         if self.score not in (None, "train", "valid", "test"):
             raise ValueError(f"score must be train, valid or test, or null, not {self.score}")
-        _check(self.limit, self.seed)
+        _check_limit_and_seed(self.limit, self.seed)
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
             raise ValueError("optimizer.lora_plus_ratio is of LoRA's B: set lora.rank, or leave it out")
@@ -190,10 +190,10 @@ class GenerateSettings:
             raise ValueError("neither adapter nor base is set: give the folder of a run, adapter=outputs/…")
         if self.split not in ("train", "valid", "test"):
             raise ValueError(f"split must be train, valid or test, not {self.split}")
-        _check(self.limit, self.seed)
+        _check_limit_and_seed(self.limit, self.seed)
 
 
-def _check(limit: int | None, seed: Any) -> None:
+def _check_limit_and_seed(limit: int | None, seed: Any) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit}")
     if not all(0 <= one < 2**32 for one in listed(seed)):

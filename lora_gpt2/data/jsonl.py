@@ -10,9 +10,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.files import brief, parse_json, reading, replacing, sha256
 
 ENCODE_AGAIN = "write the file again with lora-gpt2 encode"
-DELETE = "delete its folder and run again; a data.root is written again with lora-gpt2 encode"
-
-
+DELETE_FOLDER = "delete its folder and run again; a data.root is written again with lora-gpt2 encode"
 LONGEST_LINE = 2**24
 """The most bytes of a row: thousands of times what a model has positions for."""
 
@@ -98,7 +96,7 @@ def checked(path: Path, expected: str | None) -> str:
     with reading(path, "check the path, or " + ENCODE_AGAIN):
         found = sha256(path)
     if expected not in (None, found):
-        raise UserError(path, "is damaged: it is not what was encoded", DELETE)
+        raise UserError(path, "is damaged: it is not what was encoded", DELETE_FOLDER)
     return found
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
 from lora_gpt2.data.config import DataSettings, Objective
 from lora_gpt2.data.encode import encoded
-from lora_gpt2.data.jsonl import DELETE, Row, checked, read_rows
+from lora_gpt2.data.jsonl import DELETE_FOLDER, Row, checked, read_rows
 from lora_gpt2.data.table import read_table
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
@@ -39,7 +39,7 @@ class DataToText(LightningDataModule):
         self.tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
         if self.tokenizer.sha256 != self.meta["tokenizer"]["sha256"]:
             what = "is damaged: it is not what the rows were encoded with"
-            raise UserError(self.folder / "tokenizer", what, DELETE)
+            raise UserError(self.folder / "tokenizer", what, DELETE_FOLDER)
         self._rows: dict[str, EncodedRows] = {}
 
     def expected(self, file: Path) -> str | None:

@@ -80,7 +80,9 @@ class Guards(Callback):
         loss = float(trainer.callback_metrics.get("valid/loss", 0))
         if not math.isfinite(loss):
             what = f"the validation loss behind step {trainer.global_step} is {loss}"
-            raise UserError("valid.jsonl", what, "lower optimizer.lr, or look at the rows of the validation")
+            raise UserError(
+                _rows_of(trainer, "valid"), what, "lower optimizer.lr, or look at the rows of the validation"
+            )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_loss(trainer)
@@ -105,11 +107,9 @@ class Guards(Callback):
         if trainer.world_size == 1:  # of several, the others do not know of it
             trainer.save_checkpoint(kept := self.folder / "not-finite.ckpt")
             do += f"; the state is in {kept}"
-        data = getattr(trainer, "datamodule", None)
-        where = data.folder / "train.jsonl" if isinstance(data, DataToText) else "training"
         lines = ", ".join(str(row + 1) for batch in batches for row in batch.rows.tolist())
         what = f"the loss of step {step + 1} is {float(loss)}; the batch has lines {lines}"
-        raise UserError(where, what, do)
+        raise UserError(_rows_of(trainer, "train"), what, do)
 
     def _check_movement(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if max(group["initial_lr"] for group in trainer.optimizers[0].param_groups) == 0:
@@ -119,6 +119,12 @@ class Guards(Callback):
                 what = f"{name} after {self.steps} steps lora_B is as it was in {', '.join(still)}".lstrip()
                 do = "raise optimizer.lr, or look for what cuts their gradients off"
                 raise UserError("callbacks.guards", what, do)
+
+
+def _rows_of(trainer: Trainer, split: str) -> str | Path:
+    """Where the rows of a split stand."""
+    data = getattr(trainer, "datamodule", None)
+    return data.folder / f"{split}.jsonl" if isinstance(data, DataToText) else split
 
 
 def _models(module: LightningModule) -> Mapping[str, GPT2LMModel]:

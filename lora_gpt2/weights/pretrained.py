@@ -19,24 +19,16 @@ _FILES = (MODEL_FILE, "pytorch_model.bin")
 _ARCHITECTURE = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "layer_norm_epsilon", "bias")
 
 
-def load_base(
-    model: GPT2LMModel, source: str, card: str, tokenizer: str, may_be_missing: Sequence[str] = ()
-) -> None:
-    """Loads the base weights found at `source` into `model`, all of them or none.
+def base_weights(
+    config: GPT2Config, source: str, card: str, tokenizer: str, may_be_missing: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """The weights found at `source`, compared with `config` before a model of its sizes takes memory.
 
     `source`: a run's folder, a folder in transformers' form, a file (.safetensors, .bin, .pt), or
     a hub name such as openai-community/gpt2. `card` and `tokenizer` (its SHA-256) are what the run uses;
     a base that says it was made with others is refused. Only its positions may be more than the model's:
-    they are cut. `may_be_missing`: patterns of weights that stay random when the base lacks them.
-    Raises UserError.
+    they are cut. `may_be_missing`: patterns of weights that the base may lack. Raises UserError.
     """
-    model.load_weight(_fitting(model.config, source, card, tokenizer, may_be_missing), may_be_missing)
-
-
-def _fitting(
-    config: GPT2Config, source: str, card: str, tokenizer: str, may_be_missing: Sequence[str]
-) -> dict[str, Tensor]:
-    """The weights found at `source`, compared with `config` before a model of its sizes takes memory."""
     path = _locate(source)
     description, tensors = _read(path)
     if description is not None:
@@ -81,7 +73,7 @@ def build_base(
     may_be_missing: Sequence[str] = (),
 ) -> GPT2LMModel:
     """A model with the base weights found at `source`, or random ones drawn from `seed`."""
-    tensors = None if source is None else _fitting(config, source, card, tokenizer, may_be_missing)
+    tensors = None if source is None else base_weights(config, source, card, tokenizer, may_be_missing)
     torch.manual_seed(seed)
     model = GPT2LMModel(config)
     if tensors is not None:

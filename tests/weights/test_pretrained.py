@@ -9,11 +9,16 @@ from transformers import GPT2LMHeadModel
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.pretrained import build_base, describe_base, load_base
+from lora_gpt2.weights.pretrained import base_weights, build_base, describe_base
 from lora_gpt2.weights.store import Description, save_model
 
 CONFIG = GPT2Config(13, 16, 16, 8, 2, 2, lora_attn_dim=2)
 IDS = torch.tensor([[1, 5, 9, 2, 12]])
+
+
+def load_base(model, source, card, tokenizer, may_be_missing=()):
+    """As `build_base` does, into a model that is there."""
+    model.load_weight(base_weights(model.config, source, card, tokenizer, may_be_missing), may_be_missing)
 
 
 @pytest.fixture(scope="module")
