@@ -208,8 +208,11 @@ def _faults_of_targets(cfg: DictConfig) -> Iterator[str]:
             for name, node in nodes.items():
                 if not isinstance(node, dict) or "_target_" not in node:
                     yield f"callbacks.{name!s}: has no _target_, which names the class"
-        for path, node in _targets(nodes, group):
-            yield from _faults_of_target(path, node)
+        for path, node in _nodes(nodes, group):
+            if isinstance(node, dict) and "_target_" in node:
+                yield from _faults_of_target(path, node)
+            if isinstance(node, str) and "${" in node:  # whoever builds it would resolve it once more
+                yield f"{path}: {node} is not resolved; leave out its backslash"
 
 
 def _faults_of_target(path: str, node: dict[str, Any]) -> Iterator[str]:
@@ -234,15 +237,15 @@ def _faults_of_target(path: str, node: dict[str, Any]) -> Iterator[str]:
             yield f"{path}.{key}: no such argument of {target}{near}"
 
 
-def _targets(node: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _nodes(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """A node and all below it, each with its dotted name."""
+    yield path, node
     if isinstance(node, dict):
-        if "_target_" in node:
-            yield path, node
         for key, value in node.items():
-            yield from _targets(value, f"{path}.{key}")
+            yield from _nodes(value, f"{path}.{key}")
     if isinstance(node, list):
         for number, value in enumerate(node):
-            yield from _targets(value, f"{path}[{number}]")
+            yield from _nodes(value, f"{path}[{number}]")
 
 
 def _own() -> tuple[str, ...]:

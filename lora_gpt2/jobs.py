@@ -12,14 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError  # type: ignore[import-untyped]  # omegaconf's own
 
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import first_process, read_json, write_json
+from lora_gpt2.files import first_process, read_json, read_text, write_json
 from lora_gpt2.settings import TrainSettings
 
 STATUS_FILE = "status.json"
@@ -189,8 +190,14 @@ def _noted(job: Job, folder: Path) -> Iterator[None]:
     finally:
         ended.set()
         job.seconds = round(time.monotonic() - start, 1)
-        if first_process():
+        if first_process() and not _finished_by_another(job, folder):
             job.write(folder)
+
+
+def _finished_by_another(job: Job, folder: Path) -> bool:
+    """Whether a process that `job` had begun came to the end, even if this one was told to stop meanwhile."""
+    held = Job.read(folder)
+    return held is not None and held.process != job.process and held.state is State.finished
 
 
 def jobs(folder: Path) -> dict[str, Job]:
@@ -225,14 +232,21 @@ def finished(found: Mapping[str, Job]) -> int:
 
 def sweep_of(folder: Path) -> DictConfig:
     """What Hydra noted of a sweep. Raises UserError where the folder is none."""
-    path = folder / SWEEP_FILE
+    path, do = folder / SWEEP_FILE, "give the folder of a sweep: outputs/sweeps/…"
     if (folder / SEARCH_FILE).is_file():
         raise UserError(folder, "is a search, no sweep", "give the same lora-gpt2 sweep search again")
     if not path.is_file():
-        raise UserError(path, "there is no such file", "give the folder of a sweep: outputs/sweeps/…")
-    found = OmegaConf.load(path)
-    assert isinstance(found, DictConfig)
-    return found
+        raise UserError(path, "there is no such file", do)
+    try:
+        found = OmegaConf.create(read_text(path, do))
+        noted = cast(dict[str, Any], OmegaConf.to_container(found))["hydra"]
+        texts = [*noted["overrides"]["hydra"], *noted["overrides"]["task"], noted["runtime"]["cwd"]]
+        params = noted["sweeper"]["params"]
+        if not all(isinstance(text, str) for text in texts) or not isinstance(params, dict | None):
+            raise TypeError
+    except (AssertionError, KeyError, RecursionError, TypeError, YAMLError):  # OmegaConf asserts
+        raise UserError(path, "does not tell of a sweep", do) from None
+    return cast(DictConfig, found)
 
 
 def planned(folder: Path) -> dict[str, list[str]]:

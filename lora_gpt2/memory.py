@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import re
 import resource
 import sys
@@ -60,6 +61,11 @@ def keep_freed() -> None:
 def size_of(tensor: Tensor) -> int:
     """In bytes."""
     return tensor.numel() * tensor.element_size()
+
+
+def installed() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def resident() -> int:

@@ -1,9 +1,9 @@
 """`lora-gpt2 sweep`: the tools for the jobs of ``python train.py -m``."""
 
 import json
-import os
 import re
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +20,13 @@ _LAUNCHER = (
     "|n_jobs|nodes|partition|qos|signal_delay_s|tasks_per_node|timeout_min"
 )
 _HARMLESS = re.compile(
-    rf"\+*hydra(/(launcher|sweeper)=\w+|\.(mode|verbose|sweep\.\w+|launcher\.({_LAUNCHER}))=[^{{}}\[\]]*)"
+    r"\+*hydra(/(launcher|sweeper)=\w+"
+    rf"|\.(mode|verbose|sweep\.\w+|sweeper\.max_batch_size|launcher\.({_LAUNCHER}))=[\w ./\\:@%+,~'\"-]*)"
 )
-"""What of Hydra's own settings is taken from a sweep's folder: the others may name code to be run."""
+"""What of Hydra's own settings is taken from a sweep's folder: the others may name code to be run.
+
+A launcher writes its values into a script, where a new line is a command.
+"""
 
 SweepFolder = Annotated[Path, typer.Argument(help="Folder of the sweep: outputs/sweeps/…")]
 
@@ -50,15 +54,40 @@ def resume(folder: SweepFolder) -> None:
     from lora_gpt2 import jobs, launch
 
     noted = jobs.sweep_of(folder).hydra
-    for override in [*noted.overrides.hydra, *noted.overrides.task]:
-        if re.match(r"[+~]*hydra\b|-", override) and not _HARMLESS.fullmatch(override):
-            what = f"asks for {override}, which is not done at a file's word"
-            do = f"if you wrote it, give the sweep's own command again with hydra.sweep.dir={folder}"
-            raise UserError(folder / jobs.SWEEP_FILE, what, do)
+    overrides = [*noted.overrides.hydra, *noted.overrides.task]
+    again = f"give the sweep's own command again with hydra.sweep.dir={folder}"
+    for override in filter(_asks_for_more, overrides):
+        what = f"asks for {override}, which is not done at a file's word"
+        raise UserError(folder / jobs.SWEEP_FILE, what, f"if you wrote it, {again}")
+    if Path(noted.runtime.cwd).resolve() != Path.cwd().resolve():
+        what = f"was begun in {noted.runtime.cwd}, from where its paths are meant"
+        raise UserError(folder, what, f"go there first, or {again}")
     place = f"hydra.sweep.dir={launch.quoted(folder.resolve())}"
-    sys.argv = ["train.py", *noted.overrides.hydra, *noted.overrides.task, place]
-    os.chdir(noted.runtime.cwd)  # paths in the settings are meant from there
+    sys.argv = ["train.py", *overrides, place]
     launch.main()
+
+
+def _asks_for_more(override: str) -> bool:
+    """Whether it asks for anything but a value of a training's setting, or an option that comes with us."""
+    from hydra.errors import HydraException
+
+    from lora_gpt2 import jobs
+
+    if _HARMLESS.fullmatch(override):
+        return False
+    try:
+        (one,) = jobs.parsed([override])
+    except HydraException:  # a flag of the command line
+        return True
+    first = re.split("[./]", one.key_or_group)[0]
+    elsewhere = one.key_or_group in _groups() and re.search(r"[/\\$]|\.\.", override.partition("=")[2])
+    return first == "hydra" or one.package is not None or bool(elsewhere)
+
+
+def _groups() -> set[str]:
+    """Settings of which a file is chosen by its name, which could be the way to any other."""
+    packages = map(resources.files, ("configs", "conf_presets"))
+    return {folder.name for package in packages for folder in package.iterdir() if folder.is_dir()}
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

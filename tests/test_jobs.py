@@ -6,7 +6,9 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import hydra
 import pytest
@@ -227,15 +229,74 @@ def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, mai
         "hydra.launcher.setup=[touch]",
         "hydra.launcher._target_=os.system",
         "hydra.searchpath=[file:///elsewhere]",
+        "hydra.launcher.partition='gpu\ntouch x\n#'",
+        "hydra/launcher=../elsewhere",
         "--config-dir=elsewhere",
+        "demo=../../elsewhere",
+        "+lora=qv,/elsewhere",
+        "demo@hydra.callbacks=base",
     ],
 )
 @pytest.mark.parametrize("place", ["hydra", "task"])
 def test_what_a_sweep_s_folder_may_not_ask_for_is_refused(tmp_path, main, place, override):
-    noted = {"overrides": {"hydra": [], "task": ["seed=1,2"], place: [override]}, "runtime": {"cwd": "."}}
-    (tmp_path / jobs.SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
+    note_sweep(tmp_path, ROOT, **{place: [override]})
     told, _ = main(cli.main, "sweep", "resume", tmp_path)
     assert f"asks for {override}, which is not done at a file's word" in told
+
+
+def test_what_a_sweep_is_asked_for_elsewhere_is_taken_from_its_folder(tmp_path, main, monkeypatch):
+    harmless = ["hydra/launcher=basic", "hydra.launcher.partition='a b'", "hydra.sweeper.max_batch_size=1",
+                "hydra.sweep.dir=outputs/sweeps/a", "hydra.mode=MULTIRUN"]  # fmt: skip
+    task = ["model=gpt2.sm,gpt2.md", "~callbacks.guards", "demo=base", "base=../run", "data.root='/a b'",
+            "point={seed:1},{seed:2}", "callbacks@callbacks=default"]  # fmt: skip
+    note_sweep(tmp_path, ROOT, hydra=harmless, task=task[:-1])
+    asked = []
+    monkeypatch.setattr(launch, "main", lambda: asked.extend(sys.argv[1:]))
+    assert main(cli.main, "sweep", "resume", tmp_path)[0] == 0
+    assert asked == [*harmless, *task[:-1], f"hydra.sweep.dir='{tmp_path}'"]
+    note_sweep(tmp_path, ROOT, task=task)
+    assert "asks for callbacks@callbacks=default" in main(cli.main, "sweep", "resume", tmp_path)[0]
+
+
+def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
+    """A file does not choose the folder from which Python would import."""
+    note_sweep(tmp_path, tmp_path, task=["seed=1,2"])
+    told, _ = main(cli.main, "sweep", "resume", tmp_path)
+    assert f"was begun in {tmp_path}, from where its paths are meant; go there first" in told
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[", "1", "[1]", "hydra: 1", "hydra: {}", "a: &a [*a]", "!!python/object:os.system x",
+     "hydra: {overrides: {hydra: [], task: [1]}, runtime: {cwd: .}, sweeper: {params: null}}",
+     "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: a}}"],
+)  # fmt: skip
+@pytest.mark.parametrize("asked", ["resume", "status"])
+def test_a_file_that_tells_of_no_sweep_is_told(tmp_path, main, text, asked):
+    (tmp_path / jobs.SWEEP_FILE).write_text(text)
+    told, _ = main(cli.main, "sweep", asked, tmp_path)
+    assert f"{tmp_path / jobs.SWEEP_FILE}: does not tell of a sweep" in told
+
+
+def note_sweep(folder: Path, cwd: Path, hydra: Sequence[str] = (), task: Sequence[str] = ()) -> None:
+    """Hydra's own notes of a sweep, as far as they are read."""
+    noted = {
+        "overrides": {"hydra": list(hydra), "task": list(task)},
+        "runtime": {"cwd": str(cwd)},
+        "sweeper": {"params": None},
+    }
+    (folder / jobs.SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
+
+
+def test_a_job_that_came_to_its_end_while_its_parent_was_told_to_stop_is_finished(tmp_path):
+    def train_apart(settings, folder):
+        replace(Job.read(folder), state=State.finished, valid_loss=1.5, process=2**22 + 1).write(folder)
+        raise SystemExit(143)
+
+    with pytest.raises(SystemExit):
+        jobs.run(settings_of("train", []), tmp_path, train_apart, once=True)
+    job = Job.read(tmp_path)
+    assert (job.state, job.valid_loss, job.error) == (State.finished, 1.5, None)
 
 
 def test_no_process_has_a_number_that_large(tmp_path):

@@ -27,6 +27,8 @@ from lora_gpt2.files import read_json, sha256, write_json
 FORMAT = 2
 CORPUS_TOKENIZER = "corpus:"
 META = "meta.json"
+_NUMBERS = "rows", "contexts", "context_tokens", "completion_tokens", "longest"
+"""What it holds of each split: see `_figures`."""
 
 
 class Input(NamedTuple):
@@ -59,7 +61,10 @@ def encoded(corpus: str, root: Path | None, tokenizer: str, cache: Path) -> Path
     encodes beside the place and renames, and the first one wins.
     """
     if root is not None and (root / META).is_file():
-        _check_meta(root, corpus)
+        found = read_meta(root)["corpus"]
+        if corpus not in ("jsonl", found):
+            what = f"these rows are of the corpus {found}, not {corpus}"
+            raise UserError(root / META, what, "use data=jsonl or the folder of the other corpus")
         return root
     inputs = _inputs(corpus, root, None)
     made = _tokenizer(tokenizer, corpus, inputs)
@@ -252,10 +257,20 @@ def _publish(temporary: Path, folder: Path) -> None:
             raise
 
 
-def _check_meta(root: Path, corpus: str) -> None:
-    meta = read_json(root / META, "encode the corpus again")
+def read_meta(folder: Path) -> dict[str, Any]:
+    """What is known of the encoded rows in `folder`. Raises UserError where its meta.json does not tell."""
+    path, do = folder / META, "encode the corpus again"
+    meta = read_json(path, do)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise UserError(root / META, f"the format {FORMAT} was expected", "encode the corpus again")
-    if corpus not in ("jsonl", meta.get("corpus")):
-        what = f"these rows are of the corpus {meta.get('corpus')}, not {corpus}"
-        raise UserError(root / META, what, "use data=jsonl or the folder of the other corpus")
+        raise UserError(path, f"the format {FORMAT} was expected", do)
+    told: dict[str, Any] = {"files": {}, **meta}
+    try:
+        texts = [told["corpus"], told["tokenizer"]["sha256"], *told["files"].values()]
+        numbers = [split[name] for split in told["splits"].values() for name in _NUMBERS]
+        if not all(isinstance(text, str) for text in texts) or not all(
+            isinstance(number, int | float) for number in [*numbers, told["tokenizer"]["vocab_size"]]
+        ):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(path, "does not tell of encoded rows", do) from None
+    return told

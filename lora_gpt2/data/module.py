@@ -10,12 +10,11 @@ from torch.utils.data import DataLoader
 
 from lora_gpt2.data.batches import Batch, EncodedRows, LengthBuckets
 from lora_gpt2.data.config import DataSettings, Objective
-from lora_gpt2.data.encode import encoded
+from lora_gpt2.data.encode import encoded, read_meta
 from lora_gpt2.data.jsonl import DELETE_FOLDER, Row, checked, read_rows
 from lora_gpt2.data.table import read_table
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
-from lora_gpt2.files import read_json
 
 
 class DataToText(LightningDataModule):
@@ -35,7 +34,7 @@ class DataToText(LightningDataModule):
         self.folder = encoded(
             settings.corpus.value, root, settings.tokenizer or tokenizer, Path(settings.cache).expanduser()
         )
-        self.meta: dict[str, Any] = read_json(self.folder / "meta.json", "encode the corpus again")
+        self.meta = read_meta(self.folder)
         self.tokenizer = load_tokenizer(str(self.folder / "tokenizer"))
         if self.tokenizer.sha256 != self.meta["tokenizer"]["sha256"]:
             what = "is damaged: it is not what the rows were encoded with"
@@ -44,7 +43,7 @@ class DataToText(LightningDataModule):
 
     def expected(self, file: Path) -> str | None:
         """The SHA-256 that one of the encoded files had when it was written, where that is known."""
-        found: str | None = self.meta.get("files", {}).get(file.name)
+        found: str | None = self.meta["files"].get(file.name)
         return found
 
     def rows(self, split: str, positions: int) -> Iterator[Row]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -120,10 +121,16 @@ class Progress(Callback):
 
 
 class StopEarly(EarlyStopping):
-    """EarlyStopping that, resumed from where it had stopped, trains no further."""
+    """EarlyStopping that, resumed from where it had stopped, trains no further without more patience."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({**state_dict, "patience": self.patience})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.should_stop = trainer.should_stop or self.wait_count >= self.patience
+        reason = self.stopping_reason
+        more = reason is EarlyStoppingReason.PATIENCE_EXHAUSTED and self.wait_count < self.patience
+        stopped = reason is not EarlyStoppingReason.NOT_STOPPED and not more
+        trainer.should_stop = trainer.should_stop or stopped
 
 
 class BestCheckpoints(ModelCheckpoint):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.pretrained import build_base
+from lora_gpt2.weights.pretrained import build_base, without_values
 from lora_gpt2.weights.store import (
     ADAPTER_FILE,
+    WHICH_FILE,
     Description,
     base_hash,
     find,
@@ -64,9 +65,14 @@ def open_adapter(source: str | Path, base: str | None = None) -> tuple[GPT2LMMod
 
     `base` is where its base lies now, if not where it was. Raises UserError.
     """
-    _, about = describe_adapter(source)
+    path, about = describe_adapter(source)
     where = base or about.base_source
     config, lacking = about.gpt2_config, about.base_may_lack
+    tensors = read_weights(path)[1]
+    try:  # before a base of such sizes, drawn at random perhaps, takes memory
+        without_values(config, tensors).load_weight(tensors)
+    except ValueError as error:
+        raise UserError(path, f"does not fit what it says of itself: {error}", WHICH_FILE) from None
     model = build_base(config, where, about.card, about.tokenizer, about.seed, lacking)
     load_adapter(model, source)
     return model.eval(), about

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.hub import fetch
+from lora_gpt2.memory import installed, size_of
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import POSITION_TABLE, canonical, is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -46,22 +47,25 @@ def base_weights(
         positions = tensors.get(POSITION_TABLE)
         if positions is not None:
             tensors[POSITION_TABLE] = positions[: config.n_positions]
-        blocks = config.n_layer if may_be_missing else _blocks(tensors) + 1  # of those lacking one is told
-        _without_values(config, blocks).load_weight(tensors, may_be_missing)
+        without_values(config.without_lora(), None if may_be_missing else tensors).load_weight(
+            tensors, may_be_missing
+        )
     except (RuntimeError, ValueError) as error:  # torch cannot even tell the size of some
         raise UserError(path, f"does not fit model {card}: {error}", CHOOSE) from None
     return tensors
 
 
-def _blocks(names: Iterable[str]) -> int:
-    return len({name.split(".")[2] for name in names if name.startswith("transformer.h.")})
+def without_values(config: GPT2Config, names: Iterable[str] | None = None) -> GPT2LMModel:
+    """The model of these sizes in no memory, to compare names and shapes with.
 
-
-def _without_values(config: GPT2Config, most_blocks: int) -> GPT2LMModel:
-    """The base of these sizes in no memory, to compare names and shapes with."""
-    values = {**config.without_lora().to_dict(), "n_layer": min(config.n_layer, most_blocks)}
+    Of blocks that are not in `names`, which may be any number, it has one.
+    """
+    blocks = config.n_layer
+    if names is not None:
+        named = {name.split(".")[2] for name in names if name.startswith("transformer.h.")}
+        blocks = min(blocks, len(named) + 1)
     with torch.device("meta"):
-        return GPT2LMModel(GPT2Config.from_dict(values))
+        return GPT2LMModel(GPT2Config.from_dict({**config.to_dict(), "n_layer": blocks}))
 
 
 def build_base(
@@ -72,8 +76,15 @@ def build_base(
     seed: int,
     may_be_missing: Sequence[str] = (),
 ) -> GPT2LMModel:
-    """A model with the base weights found at `source`, or random ones drawn from `seed`."""
+    """A model with the base weights found at `source`, or random ones drawn from `seed`.
+
+    Raises UserError for weights that do not fit, or a model that this machine has no room for.
+    """
     tensors = None if source is None else base_weights(config, source, card, tokenizer, may_be_missing)
+    needed = sum(size_of(value) for value in without_values(config).weights().values())
+    if needed > (most := installed()):
+        what = f"takes {needed / 1e9:.1f} GB, this machine has {most / 1e9:.1f}"
+        raise UserError(f"model {card}", what, "choose a smaller one (model=…)")
     torch.manual_seed(seed)
     model = GPT2LMModel(config)
     if tensors is not None:

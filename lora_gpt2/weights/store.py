@@ -32,6 +32,10 @@ MODEL_FILE, ADAPTER_FILE = "model.safetensors", "adapter.safetensors"
 WHICH_FILE = "give the run's folder or its .safetensors file, or train again if the file was cut short"
 
 
+_KEY = "lora-gpt2"
+"""Under which a file of ours holds what it says of itself."""
+
+
 @dataclass
 class Description:
     """What a weight file says of itself."""
@@ -98,7 +102,7 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], description: Descri
     values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     told = {"format": FORMAT, **asdict(description)}
     told["sha256"] = _sum(told, values)
-    metadata = {"format": "pt", "lora-gpt2": json.dumps(told)}
+    metadata = {"format": "pt", _KEY: json.dumps(told)}
     with replacing(path) as temporary:
         save_file(values, temporary, metadata)
         _sort_metadata(temporary)
@@ -155,7 +159,7 @@ def plain_update(model: GPT2LMModel) -> tuple[GPT2Config, dict[str, Tensor]]:
 def read_description(path: Path) -> Description | None:
     """What a safetensors file says of itself; None: the file is not one of ours. Raises UserError."""
     with _opened(path) as file:
-        return _description(path, file.metadata() or {})
+        return _description(path, _told(path, file.metadata() or {}))
 
 
 def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
@@ -165,12 +169,11 @@ def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
     """
     with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
-        description = _description(path, file.metadata() or {})
-    told = {"format": FORMAT, **asdict(description)} if description else {}
+        told = _told(path, file.metadata() or {})
     if told.get("sha256", "") not in ("", _sum(told, tensors)):
         what = "is damaged: it is not what was written"
         raise UserError(path, what, "take another copy, or write it again")
-    return description, tensors
+    return _description(path, told), tensors
 
 
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
@@ -228,15 +231,24 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UserError(path, f"is not a whole safetensors file ({error})", WHICH_FILE) from None
 
 
-def _description(path: Path, metadata: Mapping[str, str]) -> Description | None:
-    if "lora-gpt2" not in metadata:
+def _told(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What is written in a file of ours, its format among it; nothing, if it is not one."""
+    if _KEY not in metadata:
+        return {}
+    told = parse_json(metadata[_KEY], path, WHICH_FILE)
+    if not isinstance(told, dict):
+        raise UserError(path, "has a description that cannot be read", WHICH_FILE)
+    if (found := told.get("format")) != FORMAT:
+        raise UserError(path, f"has format {found}, this version reads {FORMAT}", "update lora-gpt2")
+    return told
+
+
+def _description(path: Path, told: Mapping[str, Any]) -> Description | None:
+    if not told:
         return None
     try:
-        values = parse_json(metadata["lora-gpt2"], path, WHICH_FILE)
-        if (found := values.pop("format", None)) != FORMAT:
-            raise UserError(path, f"has format {found}, this version reads {FORMAT}", "update lora-gpt2")
-        return Description(**values)
-    except (TypeError, AttributeError) as error:
+        return Description(**{name: value for name, value in told.items() if name != "format"})
+    except TypeError as error:
         raise UserError(path, f"has a description that cannot be read ({error})", WHICH_FILE) from None
 
 

@@ -97,6 +97,11 @@ def test_the_papers_decoding_is_the_default():
             "+callbacks.x={_target_: lora_gpt2.weights.store.zipfile.ZipFile, file: a, mode: w}",
             "callbacks.x._target_: lora_gpt2.weights.store.zipfile.ZipFile is no trainer and no part of one",
         ),
+        (
+            r"+callbacks.x={_target_: lora_gpt2.training.callbacks.Progress, "
+            r'every: "\${oc.create:{_target_: os.system}}"}',
+            r"callbacks.x.every: \${oc.create:{_target_: os.system}} is not resolved",
+        ),
         ("+callbacks.x={a: 1}", "callbacks.x: has no _target_, which names the class"),
         ("trainer._target_=[]", "trainer._target_"),
         ("label_smoothing=1.5", r"label_smoothing must be in \[0, 1\), not 1.5"),

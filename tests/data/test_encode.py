@@ -161,6 +161,11 @@ def test_an_encoded_folder_is_its_own_answer(tmp_path, raw):
     assert encoded("e2e", out, "gpt2", tmp_path / "cache") == out
     with pytest.raises(UserError, match="these rows are of the corpus e2e, not webnlg"):
         encoded("webnlg", out, "gpt2", tmp_path / "cache")
+    meta = json.loads((out / "meta.json").read_text())
+    for wrong in ({"files": []}, {"tokenizer": None}, {"splits": {"train": {}}}, {"corpus": 1}):
+        (out / "meta.json").write_text(json.dumps({**meta, **wrong}))
+        with pytest.raises(UserError, match=r"meta.json: does not tell of encoded rows"):
+            encoded("jsonl", out, "gpt2", tmp_path / "cache")
     (out / "meta.json").write_text('{"format": 0}')
     with pytest.raises(UserError, match="the format 2 was expected; encode the corpus again"):
         encoded("jsonl", out, "gpt2", tmp_path / "cache")

@@ -42,7 +42,7 @@ def test_a_damaged_file_of_an_encoded_corpus_is_refused(tmp_path, tokens):
     (module.folder / "valid.text.jsonl").write_text('{"context": "a", "completion": "b"}\n')
     with pytest.raises(UserError, match=r"valid.text.jsonl: is damaged"):
         Asked.of(module, "valid", Queries([], 8))
-    del module.meta["files"]  # as an earlier version wrote it
+    module.meta["files"].clear()  # as of an earlier version, which wrote none
     module.load(64)
     assert next(module.rows("valid", 64)) == Row([1, 5], [3])
 

@@ -11,20 +11,39 @@ from lora_gpt2.reporting.metrics import Metrics
 from tests.conftest import settings_of
 
 
-def test_a_full_disk_loses_no_row_when_a_column_is_added(tmp_path, monkeypatch):
-    def full(self, rows):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+@pytest.fixture
+def logger(tmp_path) -> Metrics:
+    """It has written two rows; a third waits."""
     logger = Metrics(tmp_path, name="", version="")
     for step, row in enumerate([{"train/loss": 4.0}, {"valid/loss": 3.5}]):
         logger.log_metrics(row, step)
         logger.save()
-    logger.log_metrics({"valid/bleu": 0.5}, 2)
-    monkeypatch.setattr(csv.DictWriter, "writerows", full)
-    with pytest.raises(UserError, match="what was there is kept; make room"):
+    return logger
+
+
+@pytest.fixture
+def full(monkeypatch) -> pytest.MonkeyPatch:
+    """A disk with room for a part of a row, until it is undone."""
+
+    def writerows(self, rows):
+        self.writer.writerow(["0.5"])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", writerows)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("column", ["valid/bleu", "train/loss"], ids=["a column more", "the same columns"])
+def test_a_full_disk_loses_no_row_and_mixes_none(tmp_path, logger, full, column):
+    before = (tmp_path / "metrics.csv").read_text()
+    logger.log_metrics({column: 0.5}, 2)
+    with pytest.raises((OSError, UserError), match=r"No space left|what was there is kept"):
         logger.save()
-    assert runs.logged(tmp_path, "train/loss") == {0: 4.0}
-    assert runs.logged(tmp_path, "valid/loss") == {1: 3.5}
+    assert (tmp_path / "metrics.csv").read_text() == before
+    full.undo()
+    logger.finalize("failed")  # as a trainer does that was interrupted
+    found = {name: runs.logged(tmp_path, name) for name in ("train/loss", "valid/loss", column)}
+    assert found == {"train/loss": {0: 4.0}, "valid/loss": {1: 3.5}, column: {**found[column], 2: 0.5}}
 
 
 def test_trainings_log_so():

@@ -140,6 +140,22 @@ def test_a_run_that_stopped_early_trains_no_further_when_resumed(tmp_path, tiny)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+def test_more_patience_goes_on_and_any_other_reason_does_not(tmp_path, tiny):
+    stops = [*tiny, "callbacks=early_stopping", "keep=last", "trainer.max_epochs=8", "optimizer.lr=0.3",
+             "optimizer.schedule=constant", "callbacks.early_stopping.patience=1"]  # fmt: skip
+    train(tmp_path / "first", *stops)
+    train(tmp_path / "patient", *stops, f"resume={tmp_path / 'first'}",
+          "callbacks.early_stopping.patience=20")  # fmt: skip
+    first, patient = (metrics(tmp_path / name, "valid/loss") for name in ("first", "patient"))
+    assert len(first) < 8 == len(first) + len(patient)
+
+    stops = [*stops, "+callbacks.early_stopping.stopping_threshold=100"]
+    train(tmp_path / "good enough", *stops)
+    train(tmp_path / "again", *stops, f"resume={tmp_path / 'good enough'}")
+    assert len(metrics(tmp_path / "good enough", "valid/loss")) == 1
+    assert not (tmp_path / "again" / "metrics.csv").exists()
+
+
 def test_a_checkpoint_names_no_files_elsewhere(tmp_path, tiny):
     train(tmp_path / "first", *tiny, "trainer.max_epochs=1")
     (secret := tmp_path / "secret.txt").write_text("secret")

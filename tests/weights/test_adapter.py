@@ -6,8 +6,15 @@ import torch
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.adapter import load_adapter
-from lora_gpt2.weights.store import ADAPTER_FILE, Description, base_hash, save_adapter, save_model
+from lora_gpt2.weights.adapter import load_adapter, open_adapter
+from lora_gpt2.weights.store import (
+    ADAPTER_FILE,
+    Description,
+    base_hash,
+    save_adapter,
+    save_model,
+    write_weights,
+)
 
 IDS = torch.tensor([[1, 5, 9, 2]])
 
@@ -35,6 +42,22 @@ def test_an_adapter_over_its_base_gives_the_trained_logits_merged_or_not(tmp_pat
     assert torch.equal(model(IDS)[0], trained(IDS)[0])
     model.merge()
     torch.testing.assert_close(model(IDS)[0], trained(IDS)[0])
+
+
+def test_an_adapter_that_asks_for_any_memory_is_refused_before_it_is_taken(tmp_path, trained):
+    """Its base is drawn at random: of the sizes that it names."""
+    assert torch.equal(open_adapter(tmp_path)[0](IDS)[0], trained(IDS)[0])
+    for sizes, told in {
+        (11, 16, 16, 8, 100_000, 2): "does not fit what it says of itself: 2 missing",
+        (11, 16, 16, 2**20, 2, 2): "does not fit what it says of itself: 4 misshapen",
+        (2**40, 16, 16, 8, 2, 2): r"model tiny: takes 35184.4 GB, this machine has",
+    }.items():
+        config = GPT2Config(*sizes, lora_attn_dim=2)
+        about = Description("adapter", "tiny", config.to_dict(), "tokens", "0", None, 0)
+        tensors = {name: value for name, value in trained.weights().items() if "lora_" in name}
+        write_weights(tmp_path / ADAPTER_FILE, tensors, about)
+        with pytest.raises(UserError, match=told):
+            open_adapter(tmp_path)
 
 
 def test_an_adapter_over_another_base_is_refused(tmp_path, trained):

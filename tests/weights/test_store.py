@@ -60,6 +60,16 @@ def test_the_same_weights_are_the_same_bytes(tmp_path, model):
     assert found == replace(about, sha256=found.sha256) != about
 
 
+def test_what_an_older_writer_did_not_say_is_no_damage(tmp_path, model, monkeypatch):
+    def older(about):
+        return {name: value for name, value in vars(about).items() if name != "base_may_lack"}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "asdict", older)
+        save_model(tmp_path / "a", model, description(model, "model"))
+    assert read_weights(tmp_path / "a")[0].base_may_lack == []
+
+
 def test_the_hash_sees_one_bit_of_the_base_and_nothing_of_the_update(model):
     before = base_hash(model)
     torch.nn.init.normal_(model.lora_layers()[0].lora_A)
