@@ -177,7 +177,7 @@ def verify_resume(
     sent = ", ".join(f"{count} {name}" for name, count in sorted(found.kills.items()))
     typer.echo(
         f"{found.steps} steps in {found.seconds:.0f} s undisturbed; {sent}; {found.resumed} times resumed, "
-        f"{found.finished} runs to their end, {found.missing} logged steps lost, "
+        f"came to the end {found.finished} times, {found.missing} logged steps lost, "
         f"{len(found.differences)} differences"
     )
     if found.differences:

@@ -7,7 +7,9 @@ import difflib
 import inspect
 import os
 import re
+import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -118,6 +120,14 @@ def user_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from None
 
 
+def tell(error: Exception) -> None:
+    """Says it in its own line, or, where HYDRA_FULL_ERROR asked for that, with its traceback."""
+    if os.environ.get(_IN_A_LINE, "1"):
+        print(error, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+
+
 @contextmanager
 def told_in_a_line(script: str) -> Iterator[None]:
     """Says in one line what Hydra finds wrong with the command line of `script`, or the disk; exits with 1.
@@ -128,6 +138,8 @@ def told_in_a_line(script: str) -> Iterator[None]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would tell it itself, in many
     try:
         yield
+    except KeyboardInterrupt:  # before there was anything to save
+        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if fault := disk_fault(error):
             told = str(fault)

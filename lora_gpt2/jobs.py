@@ -101,10 +101,22 @@ class Job:
         minutes = f"{self.seconds / 60:.1f}" if self.seconds else ""
         return ["cut off" if cut_off else self.state.value, loss, minutes, self.error or ""]
 
-    def check_same(self, settings: dict[str, Any], folder: Path) -> None:
-        """Raises UserError where `settings` are not those of this job, which lies in `folder`."""
-        if self.key != replace(self, settings=settings).key:
-            raise UserError(folder, "holds a job of other settings", "give another hydra.sweep.dir")
+    def check_same(self, settings: dict[str, Any], folder: Path, place: str) -> None:
+        """Raises UserError where `settings` are not those of this job, which lies in `folder`.
+
+        `place`: the setting by which another folder is given.
+        """
+        if differing := self.differences(settings):
+            what = f"holds a job of other settings: {', '.join(differing)}"
+            raise UserError(folder, what, f"give another {place}")
+
+    def differences(self, settings: dict[str, Any]) -> list[str]:
+        """Where `settings` are not those of this job."""
+        return [
+            f"{name} {self.settings.get(name)} (here {settings.get(name)})"
+            for name in sorted(self.settings.keys() | settings.keys())
+            if self.settings.get(name) != settings.get(name)
+        ]
 
     def write(self, folder: Path) -> None:
         held = {"key": self.key, **asdict(self)}
@@ -142,6 +154,8 @@ def run(
     if earlier is not None and earlier.state is State.finished:
         print(f"{folder} is finished already: nothing to do")
         return earlier.valid_loss
+    if settings.resume is not None:
+        _check_goes_on(settings)
     begun = earlier is not None and (folder / "checkpoints" / "last.ckpt").is_file()
     if begun and settings.resume is None:
         settings = replace(settings, resume=str(folder))
@@ -153,12 +167,37 @@ def run(
     return job.valid_loss
 
 
+def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
+    """Raises UserError where `folder` holds what a run of other settings has trained: it would be lost."""
+    patterns = "checkpoints/*.ckpt", "*.safetensors", "*/*.safetensors"
+    job = Job.read(folder) if any(any(folder.glob(pattern)) for pattern in patterns) else None
+    if job is not None:
+        job.check_same(settings.decisive(), folder, "hydra.run.dir")
+
+
+def _check_goes_on(settings: TrainSettings) -> None:
+    """Raises UserError for settings that are not those of the run that is resumed, and must be."""
+    path = Path(str(settings.resume))
+    earlier = Job.read(path if path.is_dir() else path.parent.parent)
+    differing = earlier.differences(settings.decisive()) if earlier is not None else []
+    if fixed := [one for one in differing if one.startswith(_FIXED)]:
+        what = f"goes on from a run of other settings: {', '.join(fixed)}"
+        raise UserError(f"resume={path}", what, "leave these as they were, or start anew with base=")
+
+
+_FIXED = (
+    *(f"data.{name} " for name in ("corpus", "objective", "seq_len", "batch_size", "bucket", "pack")),
+    *("optimizer.", "model.", "lora.", "label_smoothing ", "seed ", "precision "),
+)
+"""How settings begin that are a checkpoint's own: its optimizer, its place among the rows, its weights."""
+
+
 def _earlier(job: Job, folder: Path) -> Job | None:
     """The same job as it was left in `folder`. Raises UserError where it may not be begun there."""
     earlier = Job.read(folder)
     if earlier is None:
         return None
-    earlier.check_same(job.settings, folder)
+    earlier.check_same(job.settings, folder, "hydra.sweep.dir")
     if earlier.alive and earlier.process != os.getpid() and first_process():
         what = f"is running already (process {earlier.process} on {earlier.host})"
         raise UserError(folder, what, f"wait for it, or remove its {STATUS_FILE}")

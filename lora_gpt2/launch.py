@@ -1,8 +1,10 @@
 """How a job of ``train.py`` begins: alone, in a sweep, or as a run of its own with processes of its own."""
 
+import copy
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 
 from lora_gpt2 import gate
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
-from lora_gpt2.jobs import STATUS_FILE, Job, parsed, run, split, sweep_of
+from lora_gpt2.jobs import STATUS_FILE, Job, check_unclaimed, parsed, run, split, sweep_of
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.signals import wait_for
 
@@ -30,23 +32,41 @@ def main() -> None:
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch)()
 
 
-class SameSweep(Callback):
-    """Refuses a sweep over a folder of other jobs, before Hydra writes its settings there."""
+class OwnFolder(Callback):
+    """Refuses a run or a sweep over another one's folder, before Hydra writes its settings there."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.run.dir)
+        with _refused():
+            asked = copy.deepcopy(config)
+            with open_dict(asked):
+                del asked["hydra"]
+            settings = gate.resolve(asked, TrainSettings)
+            with locked(folder):
+                if settings.resume is None:
+                    check_unclaimed(folder, settings)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         begun = {path.parent.name: path.parent for path in folder.glob(f"*/{STATUS_FILE}")}
         asked = split(config.hydra) if begun else {}
-        try:
+        with _refused():
             for name, place in begun.items():
                 if name not in asked:
                     what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
                     raise UserError(folder, what, "give another hydra.sweep.dir")
                 if (job := Job.read(place)) is not None:
-                    job.check_same(gate.composed(asked[name]).decisive(), place)
-        except (HydraException, UserError) as error:
-            print(error, file=sys.stderr)
-            raise SystemExit(1) from None  # Hydra goes on behind any other exception of a callback
+                    job.check_same(gate.composed(asked[name]).decisive(), place, "hydra.sweep.dir")
+
+
+@contextmanager
+def _refused() -> Iterator[None]:
+    """Ends the process in a line: Hydra goes on behind any other exception of a callback."""
+    try:
+        yield
+    except (HydraException, UserError) as error:
+        gate.tell(error)
+        raise SystemExit(1) from None
 
 
 def launch(cfg: DictConfig) -> float | None:

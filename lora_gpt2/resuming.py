@@ -12,8 +12,8 @@ from time import time
 from lora_gpt2 import launch, runs
 from lora_gpt2.errors import UserError
 
-KILLS = signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT
-"""How a run is interrupted: every other time so that it has no time for anything."""
+KILLS = signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT
+"""How a run is interrupted, in turn: every other time so that it has no time for anything."""
 
 _COLUMN = "train/loss"
 
@@ -52,8 +52,7 @@ def verify(overrides: Sequence[str], folder: Path, kills: int, seed: int = 0) ->
     random, command = Random(seed), [*overrides, "trainer.log_every_n_steps=1"]
     start, whole = time(), folder / "whole"
     if code := _start(command, whole).wait():
-        what = f"the undisturbed run ended with exit code {code}"
-        raise UserError(whole / "said.txt", what, "see what it said")
+        raise _failed(whole, code)
     found = Verified(seconds=time() - start)
     found.trains_after = (whole / runs.PROVENANCE_FILE).stat().st_mtime - start
     expected = runs.logged(whole, _COLUMN)
@@ -89,7 +88,7 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
         moment = random.uniform(0.9 * found.trains_after, found.seconds)  # seldom before there is anything
         code = process.wait(None if enough else moment)
     except subprocess.TimeoutExpired:
-        how = random.choice(KILLS)
+        how = KILLS[sum(found.kills.values()) % len(KILLS)]
         found.kills[how.name] = found.kills.get(how.name, 0) + 1
         if how is signal.SIGKILL:
             os.killpg(process.pid, how)
@@ -98,8 +97,14 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
         process.wait()
         return True
     if code:
-        raise UserError(place / "said.txt", f"a run ended with exit code {code}", "see what it said")
+        raise _failed(place, code)
     return False
+
+
+def _failed(place: Path, code: int) -> UserError:
+    said = place / "said.txt"
+    last = (said.read_text(errors="replace").strip().splitlines() or ["nothing"])[-1]
+    return UserError(said, f"a run ended with exit code {code}: {last}", "read there what it said")
 
 
 def _compare(whole: Path, place: Path, found: Verified) -> None:

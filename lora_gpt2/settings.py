@@ -91,6 +91,8 @@ class TrainSettings:
             raise ValueError("trainer.gradient_clip_val does not go with 16-mixed: use bf16-mixed")
         if self.score not in (None, "train", "valid", "test"):
             raise ValueError(f"score must be train, valid or test, or null, not {self.score}")
+        if (steps := self.trainer.get("accumulate_grad_batches", 1)) in (0, False):
+            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, not {steps}")
         _check_limit_and_seed(self.limit, self.seed)
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:

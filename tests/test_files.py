@@ -75,6 +75,8 @@ def test_a_fault_of_the_disk_is_a_line_wherever_it_happens(monkeypatch, capsys):
     assert capsys.readouterr().err == "/a/b: No space left on device; make room\n"
     with pytest.raises(FileNotFoundError), told_in_a_line("train"):
         raise FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b")
+    with pytest.raises(SystemExit, match="130"), told_in_a_line("train"):  # Ctrl-C before there is anything
+        raise KeyboardInterrupt
     monkeypatch.setattr(cli, "app", lambda: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
     with pytest.raises(SystemExit, match="lora-gpt2: a file: No space left on device; make room"):
         cli.main()

@@ -116,7 +116,9 @@ def test_several_adapters_are_finished_before_their_run_is(tmp_path, run, tiny_c
 def test_a_job_that_runs_and_one_of_other_settings_are_left_alone(tmp_path, settings):
     jobs.run(settings, tmp_path, Work(), once=True)
     other = settings_of("train", ["lora=qv", "lora.rank=2"])
-    with pytest.raises(UserError, match=r"holds a job of other settings; give another hydra.sweep.dir"):
+    with pytest.raises(
+        UserError, match=r"other settings: lora.rank 4 \(here 2\); give another hydra.sweep.dir"
+    ):
         jobs.run(other, tmp_path, Work(), once=True)
     job = Job.read(tmp_path)
     replace(job, state=State.running, process=os.getppid()).write(tmp_path)
@@ -225,7 +227,7 @@ def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, mai
 @pytest.mark.parametrize(
     "override",
     [
-        "+hydra.callbacks.x={_target_: lora_gpt2.launch.SameSweep}",
+        "+hydra.callbacks.x={_target_: lora_gpt2.launch.OwnFolder}",
         "hydra.launcher.setup=[touch]",
         "hydra.launcher._target_=os.system",
         "hydra.searchpath=[file:///elsewhere]",
@@ -351,7 +353,10 @@ def test_a_refused_sweep_leaves_no_trace(tmp_path, settings, main):
         jobs.run(settings_of("train", ["lora=qv", f"seed={seed}"]), tmp_path / str(number), Work(), once=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for more, message in (
-        (["lora.rank=2"], "0: holds a job of other settings; give another hydra.sweep.dir"),
+        (
+            ["lora.rank=2"],
+            "0: holds a job of other settings: lora.rank 4 (here 2); give another hydra.sweep.dir",
+        ),
         (["score=none"], "score must be train, valid or test, or null, not none"),
         (["seed=1"], "holds 2 jobs, and this sweep has 1"),
     ):

@@ -60,4 +60,4 @@ def test_without_losses_nothing_is_verified(tmp_path, tiny):
 def test_a_training_that_fails_by_itself_is_told(tmp_path, tiny):
     done = cli("verify-resume", *tiny, "lora.rank=-1", "-o", tmp_path / "out")
     assert done.returncode == 1
-    assert "the undisturbed run ended with exit code 1; see what it said" in done.stderr
+    assert "a run ended with exit code 1: model, lora: LoRA rank must be" in done.stderr

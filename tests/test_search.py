@@ -144,9 +144,10 @@ def test_a_trial_whose_process_was_lost_is_not_waited_for(tmp_path, monkeypatch)
 def test_a_search_that_is_told_to_stop_takes_its_trial_along(tmp_path, monkeypatch):
     code = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
     monkeypatch.setattr(module.launch, "command", lambda overrides, place: [sys.executable, "-c", code])
+    before = set(psutil.Process().children())  # such as multiprocessing's own
     with pytest.raises(Stopped, match="SIGTERM"):
         search(tmp_path, ["lora.rank=choice(1,2)"], 9)
-    assert not psutil.Process().children()
+    assert set(psutil.Process().children()) <= before
 
 
 @pytest.mark.slow

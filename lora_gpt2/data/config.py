@@ -50,7 +50,9 @@ class DataSettings:
     padding each; a row reads itself alone."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "eval_batch_size", "pad_multiple"):
+        if self.seq_len < 2:
+            raise ValueError(f"data.seq_len must be at least 2, a token and the next, not {self.seq_len}")
+        for name in ("batch_size", "eval_batch_size", "pad_multiple"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
         if self.bucket < 0:

@@ -66,6 +66,9 @@ def encoded(corpus: str, root: Path | None, tokenizer: str, cache: Path) -> Path
             what = f"these rows are of the corpus {found}, not {corpus}"
             raise UserError(root / META, what, "use data=jsonl or the folder of the other corpus")
         return root
+    if root is not None and (root / "tokenizer").is_dir() and is_encoded(root):
+        what = f"holds encoded rows and their tokenizer, and no {META} that says whether they are whole"
+        raise UserError(root, what, "encode the corpus again")
     inputs = _inputs(corpus, root, None)
     made = _tokenizer(tokenizer, corpus, inputs)
     key = hashlib.sha256(

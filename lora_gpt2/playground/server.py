@@ -16,7 +16,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -130,6 +130,8 @@ async def _body(request: Request) -> object:
                     raise HTTPException(413, f"more than {_BYTES} bytes")
     except TimeoutError:
         raise HTTPException(408, f"took longer than {_SECONDS} seconds to send") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "was not sent to its end") from None
     try:
         return json.loads(body)
     except (ValueError, RecursionError):

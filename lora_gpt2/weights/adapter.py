@@ -52,8 +52,9 @@ def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
         origin = description.base_source or f"random weights, seed {description.seed}"
         what = f"was trained on another base (hash {description.base_sha256[:12]}…, this one {found[:12]}…)"
         raise UserError(path, what, f"give the base it was trained on (then it was: {origin})")
+    tensors = read_weights(path)[1]
     try:
-        model.load_weight(read_weights(path)[1])
+        model.load_weight(tensors)
     except ValueError as error:
         do = "use the rank and targets the adapter was trained with"
         raise UserError(path, f"does not fit: {error}", do) from None

@@ -209,8 +209,8 @@ def _archive_fault(path: Path) -> str:
     """
     try:
         with open(path, "rb") as file:
-            if file.read(4) != b"PK\3\4":
-                return ""
+            if (start := file.read(4)) != b"PK\3\4":
+                return "" if start else "is empty"
         with zipfile.ZipFile(path) as archive:
             if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
                 return "has compressed parts, which torch does not write"

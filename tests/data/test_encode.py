@@ -171,6 +171,14 @@ def test_an_encoded_folder_is_its_own_answer(tmp_path, raw):
         encoded("jsonl", out, "gpt2", tmp_path / "cache")
 
 
+def test_ids_beside_their_tokenizer_are_not_taken_for_another_one_s(tmp_path, raw):
+    out = tmp_path / "out"
+    encode_corpus("e2e", raw, "corpus:280", out)
+    (out / "meta.json").unlink()
+    with pytest.raises(UserError, match=r"no meta.json that says whether they are whole; encode the corpus"):
+        encoded("jsonl", out, "gpt2", tmp_path / "cache")
+
+
 def test_files_of_ids_keep_their_ids_and_gain_their_texts(tmp_path):
     tokenizer = train_tokenizer(["a pub"], 257)
     tokenizer.save(tmp_path / "tokenizer")

@@ -9,12 +9,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+import anyio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.playground import server
@@ -107,6 +111,15 @@ def test_a_slow_question_is_refused(address, monkeypatch):
         slow.sendall(b"POST /decode HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
         slow.sendall(b"Content-Length: 100\r\n\r\n{")
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_who_hangs_up_is_no_fault_of_ours():
+    async def stream():
+        yield b"{"
+        raise ClientDisconnect
+
+    with pytest.raises(HTTPException, match="was not sent to its end"):
+        anyio.run(server._body, SimpleNamespace(stream=stream))
 
 
 def test_an_answer_that_takes_too_long_is_given_up(address, playground, monkeypatch):

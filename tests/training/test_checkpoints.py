@@ -14,12 +14,13 @@ import torch
 from lightning import Callback
 from safetensors.torch import load_file
 
+from lora_gpt2 import jobs
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
-from lora_gpt2.jobs import Job
+from lora_gpt2.jobs import Job, State
 from lora_gpt2.training.callbacks import Progress
 from lora_gpt2.weights.store import read_pickle
-from tests.conftest import ROOT, script, train
+from tests.conftest import ROOT, script, settings_of, train
 
 LONG = ["trainer.max_epochs=4", "callbacks.progress.every=0", "lora=qv"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -157,7 +158,43 @@ def test_a_folder_belongs_to_one_run(tmp_path, tiny):
             done = script(name, *arguments, f"hydra.run.dir={tmp_path}")
             assert done.returncode == 1
             assert "another run writes there; wait for it, or give another folder" in done.stderr
+            assert name == "generate" or not (tmp_path / ".hydra").exists()
     assert not (tmp_path / "status.json").exists()
+
+
+def test_another_run_s_weights_are_not_written_over(tmp_path, tiny):
+    train(tmp_path, *tiny, "trainer.max_steps=1")
+    given = [*tiny, "trainer.max_steps=1", f"hydra.run.dir={tmp_path}"]
+    Job(settings_of("train", given[:-1]).decisive(), State.finished, "today").write(tmp_path)
+    done = script("train", *given, "optimizer.weight_decay=0.5", "dry_run=true")
+    assert done.returncode == 1
+    told = "holds a job of other settings: optimizer.weight_decay 0.01 (here 0.5); give another hydra.run.dir"
+    assert done.stderr.splitlines() == [f"{tmp_path}: {told}"]
+    assert not (tmp_path / ".hydra").exists()
+    assert script("train", *given, "dry_run=true").returncode == 0
+    assert (tmp_path / ".hydra").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path, tiny):
+    (tmp_path / "file").write_text("")
+    done = script("train", *tiny, f"hydra.run.dir={tmp_path / 'file'}")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert str(tmp_path / "file") in done.stderr
+
+
+def test_a_run_goes_on_with_its_own_settings(tmp_path, tiny):
+    train(tmp_path, *tiny, "trainer.max_steps=1")
+    Job(settings_of("train", [*tiny, "trainer.max_steps=1"]).decisive(), State.failed, "today").write(
+        tmp_path
+    )
+    for place in (tmp_path, tmp_path / "checkpoints" / "last.ckpt"):
+        other = settings_of("train", [*tiny, "optimizer.lr=0.5", "data.batch_size=5", f"resume={place}"])
+        with pytest.raises(
+            UserError, match=r"data.batch_size \d+ \(here 5\), optimizer.lr .* \(here 0.5\); leave"
+        ):
+            jobs.run(other, tmp_path, lambda *_: None, once=False)
+    longer = settings_of("train", [*tiny, "trainer.max_steps=2", f"resume={tmp_path}"])
+    assert jobs.run(longer, tmp_path, lambda *_: 1.0, once=False) == 1.0
 
 
 def test_a_full_disk_is_one_clear_error_and_the_last_good_file_stays(tmp_path, tiny):

@@ -60,6 +60,14 @@ def test_an_adapter_that_asks_for_any_memory_is_refused_before_it_is_taken(tmp_p
             open_adapter(tmp_path)
 
 
+def test_a_damaged_adapter_is_told_once(tmp_path, trained):
+    held = bytearray((tmp_path / ADAPTER_FILE).read_bytes())
+    held[-1] ^= 1
+    (tmp_path / ADAPTER_FILE).write_bytes(held)
+    with pytest.raises(UserError, match=r"safetensors: is damaged: it is not what was written; take another"):
+        load_adapter(build(), tmp_path)
+
+
 def test_an_adapter_over_another_base_is_refused(tmp_path, trained):
     with pytest.raises(UserError, match=r"was trained on another base .* random weights, seed 0"):
         load_adapter(build(seed=1), tmp_path)
