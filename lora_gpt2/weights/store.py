@@ -195,7 +195,8 @@ def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
             what = f"holds more than plain tensors ({found[1]}), nothing was run"
         raise UserError(path, what, "give a file of weights alone, from a source you trust") from None
     except Exception as error:  # torch raises several kinds for a damaged file
-        what = f"could not be read as plain tensors ({(str(error).splitlines() or ['it is empty'])[0]})"
+        told = next(iter(str(error).splitlines()), type(error).__name__)
+        what = f"could not be read as plain tensors ({told})"
         raise UserError(path, what, "give a whole weight file from a source you trust") from None
     if not isinstance(values, dict):
         raise UserError(path, f"holds a {type(values).__name__}", "expected a dict of tensors")

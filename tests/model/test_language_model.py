@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from lora_gpt2 import GPT2Config, GPT2LMModel
+from lora_gpt2.model.loss import row_accuracy
 
 V, T = 97, 64
 
@@ -84,6 +85,14 @@ def test_loss_and_accuracies_equal_their_literal_formulas(ours, ids, smoothing):
     assert report.accuracy.all.tolist() == [1, 0, 0]
     assert report.tokens == 26
     assert report.hit_sum == ((logits.argmax(-1) == labels) * mask).sum()
+
+
+def test_the_first_token_of_a_completion_alone_counts_as_first():
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
+    hits = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 1], [1, 1, 0, 1], [1, 1, 1, 1]])
+    accuracy = row_accuracy(hits, mask)
+    assert accuracy.first.tolist() == [1, 0, 1, 0]
+    assert accuracy.all.tolist() == [0, 0, 1, 1]
 
 
 def test_an_input_beyond_n_ctx_is_refused(ours):

@@ -171,6 +171,16 @@ def test_the_biases_that_train_are_those_that_were_asked_for(which, expected):
     assert biases == expected
 
 
+def test_an_update_drawn_anew_starts_at_nothing():
+    model = build(["q"], lora_bias="all")
+    biases = [value for name, value in model.named_parameters() if name.endswith("lora_bias")]
+    for bias in biases:
+        torch.nn.init.ones_(bias)
+    model.init_weights()
+    assert len(biases) == 13
+    assert not any(bias.any() for bias in biases)
+
+
 def test_small_changes_of_doras_magnitudes_act_in_bfloat16():
     model = build(["c_attn"], lora_dora=True)
     layer = model.transformer.h[0].attn.c_attn
