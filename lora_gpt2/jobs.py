@@ -149,13 +149,16 @@ def run(
     Raises UserError where the folder belongs to another job or the same one is running.
     """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    job = Job(settings.decisive(), State.running, started, process=os.getpid(), host=socket.gethostname())
+    decisive = settings.decisive()
+    if settings.resume is not None and _run_of(settings.resume).resolve() == folder.resolve():
+        decisive["resume"] = None  # it goes on: still the same job
+    job = Job(decisive, State.running, started, process=os.getpid(), host=socket.gethostname())
     earlier = _earlier(job, folder) if once else None
     if earlier is not None and earlier.state is State.finished:
         print(f"{folder} is finished already: nothing to do")
         return earlier.valid_loss
     if settings.resume is not None:
-        _check_goes_on(settings)
+        _check_goes_on(settings, settings.resume)
     begun = earlier is not None and (folder / "checkpoints" / "last.ckpt").is_file()
     if begun and settings.resume is None:
         settings = replace(settings, resume=str(folder))
@@ -175,14 +178,19 @@ def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
         job.check_same(settings.decisive(), folder, "hydra.run.dir")
 
 
-def _check_goes_on(settings: TrainSettings) -> None:
+def _run_of(resume: str) -> Path:
+    """The folder of the run that is resumed by its folder or by a checkpoint in it."""
+    path = Path(resume)
+    return path if path.is_dir() else path.parent.parent
+
+
+def _check_goes_on(settings: TrainSettings, resume: str) -> None:
     """Raises UserError for settings that are not those of the run that is resumed, and must be."""
-    path = Path(str(settings.resume))
-    earlier = Job.read(path if path.is_dir() else path.parent.parent)
+    earlier = Job.read(_run_of(resume))
     differing = earlier.differences(settings.decisive()) if earlier is not None else []
     if fixed := [one for one in differing if one.startswith(_FIXED)]:
         what = f"goes on from a run of other settings: {', '.join(fixed)}"
-        raise UserError(f"resume={path}", what, "leave these as they were, or start anew with base=")
+        raise UserError(f"resume={resume}", what, "leave these as they were, or start anew with base=")
 
 
 _FIXED = (

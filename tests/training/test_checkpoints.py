@@ -195,6 +195,7 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, tiny):
             jobs.run(other, tmp_path, lambda *_: None, once=False)
     longer = settings_of("train", [*tiny, "trainer.max_steps=2", f"resume={tmp_path}"])
     assert jobs.run(longer, tmp_path, lambda *_: 1.0, once=False) == 1.0
+    assert Job.read(tmp_path).settings["resume"] is None, "it is still the same job"
 
 
 def test_a_full_disk_is_one_clear_error_and_the_last_good_file_stays(tmp_path, tiny):
