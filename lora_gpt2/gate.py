@@ -240,7 +240,7 @@ def _faults_of_target(path: str, node: dict[str, Any]) -> Iterator[str]:
     if not inspect.isclass(built):
         yield f"{path}._target_: {target} is no class"
     elif not (target.startswith(_own()) or issubclass(built, _parts_of_a_trainer())):
-        # as of what a trusted module imports
+        # such as what a trusted module has imported
         yield f"{path}._target_: {target} is no trainer and no part of one"
     elif all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
         for key in node.keys() - parameters.keys() - {"_target_", "_partial_"}:

@@ -111,7 +111,7 @@ class Job:
             raise UserError(folder, what, f"give another {place}")
 
     def differences(self, settings: dict[str, Any]) -> list[str]:
-        """Where `settings` are not those of this job."""
+        """Each setting that is not this job's: its name, the job's value, and the one in `settings`."""
         return [
             f"{name} {self.settings.get(name)} (here {settings.get(name)})"
             for name in sorted(self.settings.keys() | settings.keys())
@@ -197,7 +197,7 @@ _FIXED = (
     *(f"data.{name} " for name in ("corpus", "objective", "seq_len", "batch_size", "bucket", "pack")),
     *("optimizer.", "model.", "lora.", "label_smoothing ", "seed ", "precision "),
 )
-"""How settings begin that are a checkpoint's own: its optimizer, its place among the rows, its weights."""
+"""How `Job.differences` begin that a checkpoint settles: its optimizer, place among the rows, and weights."""
 
 
 def _earlier(job: Job, folder: Path) -> Job | None:

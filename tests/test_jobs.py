@@ -1,24 +1,17 @@
-"""Sweeps: each job runs once to its end, whatever happens in between, and one table tells of all."""
+"""A job runs once to its end, whatever happens in between, and its folder tells how it stands."""
 
 import json
 import os
-import shutil
 import socket
-import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import hydra
 import pytest
 
-from lora_gpt2 import cli, jobs, launch
+from lora_gpt2 import jobs
 from lora_gpt2.errors import UserError
-from lora_gpt2.gate import register
 from lora_gpt2.jobs import Job, State
-from lora_gpt2.reporting import sweep
-from tests.conftest import ROOT, settings_of, train
+from tests.conftest import settings_of
 
 
 class Work:
@@ -98,7 +91,7 @@ def test_a_running_job_shows_itself(tmp_path, settings, monkeypatch):
     assert seen[0] > 0
 
 
-def test_several_adapters_are_finished_before_their_run_is(tmp_path, run, tiny_corpus, monkeypatch):
+def test_several_adapters_are_finished_before_their_run_is(tmp_path, monkeypatch):
     several = settings_of("train", ["lora=qv", "lora.rank=[1,2]"])
     order = []
     write = Job.write
@@ -155,141 +148,6 @@ def test_a_status_that_is_none_is_named(tmp_path, told):
         jobs.jobs(tmp_path / "elsewhere")
 
 
-def test_points_and_ratios():
-    run = settings_of("train", ["lora=qv", "point={lora.rank:2,lora.alpha:8,optimizer.lr:0.1}"])
-    assert (run.lora.rank, run.lora.alpha, run.optimizer.lr) == (2, 8, 0.1)
-    assert settings_of("train", ["lora=qv", "lora.rank=8", "lora.alpha_ratio=2"]).lora.alpha == 16
-    several = settings_of("train", ["lora=qv", "lora.rank=[1,4]", "lora.alpha_ratio=2"])
-    assert [member.lora.alpha for member in several.members().values()] == [2, 8]
-
-
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """Runs train.py or the tools in this process, without METEOR; returns the exit code and what was said."""
-    monkeypatch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
-    for name in ("LORA_GPT2_IN_A_LINE", "HYDRA_FULL_ERROR"):  # what it leaves there goes with the test
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-    def call(function, *arguments: object) -> tuple[object, str]:
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *map(str, arguments)])
-        code: object = 0
-        try:
-            function()
-        except SystemExit as end:
-            code = end.code or 0
-        said = capsys.readouterr()
-        return code, said.out + said.err
-
-    return call
-
-
-def train_py() -> None:
-    hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch.launch)()
-
-
-def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, main):
-    """Of six jobs two fail: PiSSA cannot start a rank that large."""
-    arguments = [*tiny, "lora=qv", f"base={run / 'base'}", "trainer.max_epochs=1", "lora.init=pissa",
-                 "logger=none", "score=valid", "limit=3", "decoding.eval_len=6", "decoding.beam_size=2",
-                 "lora.rank=1,999,2", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]  # fmt: skip
-    register()
-    code, said = main(train_py, "-m", *arguments)
-    assert code == 1
-    assert "needs ranks of at most n_embd 16, not 999" in said
-    states = {name: job.state.value for name, job in jobs.jobs(tmp_path).items()}
-    assert list(states.values()) == ["finished"] * 2 + ["failed"] * 2 + ["finished"] * 2
-    assert all((tmp_path / name / "scores.json").is_file() == (states[name] == "finished") for name in states)
-    before = {name: (tmp_path / name / "status.json").stat().st_mtime_ns for name in "0145"}
-
-    replace(Job.read(tmp_path / "5"), state=State.running, process=2**22 + 1).write(tmp_path / "5")
-    (tmp_path / "4" / "status.json").unlink()
-    _, listed = main(cli.main, "sweep", "status", tmp_path)
-    assert ("cut off" in listed, "not begun" in listed, "2 of 6 are finished" in listed) == (True, True, True)
-    _, said = main(cli.main, "sweep", "resume", tmp_path)
-    assert said.count("finished already") == 2
-    after = {name: (tmp_path / name / "status.json").stat().st_mtime_ns for name in "0145"}
-    assert [name for name in before if before[name] != after[name]] == ["4", "5"]
-
-    code, printed = main(cli.main, "sweep", "table", tmp_path, "--by", "valid_loss", "--json")
-    assert code == 0
-    found = json.loads(printed)
-    assert sorted(point["settings"]["lora.rank"] for point in found) == [1, 2]
-    assert found[0]["mean"]["valid_loss"] <= found[1]["mean"]["valid_loss"]
-    assert all(len(values) == 2 for point in found for values in point["values"].values())
-    assert {"valid_loss", "bleu", "nist", "rouge_l", "cider"} <= found[0]["values"].keys()
-    _, shown = main(cli.main, "sweep", "table", tmp_path)
-    assert "lora.rank" in shown
-    assert "±" in shown
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "+hydra.callbacks.x={_target_: lora_gpt2.launch.OwnFolder}",
-        "hydra.launcher.setup=[touch]",
-        "hydra.launcher._target_=os.system",
-        "hydra.searchpath=[file:///elsewhere]",
-        "hydra.launcher.partition='gpu\ntouch x\n#'",
-        "hydra/launcher=../elsewhere",
-        "--config-dir=elsewhere",
-        "demo=../../elsewhere",
-        "+lora=qv,/elsewhere",
-        "demo@hydra.callbacks=base",
-    ],
-)
-@pytest.mark.parametrize("place", ["hydra", "task"])
-def test_what_a_sweep_s_folder_may_not_ask_for_is_refused(tmp_path, main, place, override):
-    note_sweep(tmp_path, ROOT, **{place: [override]})
-    told, _ = main(cli.main, "sweep", "resume", tmp_path)
-    assert f"asks for {override}, which is not done at a file's word" in told
-
-
-def test_what_a_sweep_is_asked_for_elsewhere_is_taken_from_its_folder(tmp_path, main, monkeypatch):
-    harmless = ["hydra/launcher=basic", "hydra.launcher.partition='a b'", "hydra.sweeper.max_batch_size=1",
-                "hydra.sweep.dir=outputs/sweeps/a", "hydra.mode=MULTIRUN"]  # fmt: skip
-    task = ["model=gpt2.sm,gpt2.md", "~callbacks.guards", "demo=base", "base=../run", "data.root='/a b'",
-            "point={seed:1},{seed:2}", "callbacks@callbacks=default"]  # fmt: skip
-    note_sweep(tmp_path, ROOT, hydra=harmless, task=task[:-1])
-    asked = []
-    monkeypatch.setattr(launch, "main", lambda: asked.extend(sys.argv[1:]))
-    assert main(cli.main, "sweep", "resume", tmp_path)[0] == 0
-    assert asked == [*harmless, *task[:-1], f"hydra.sweep.dir='{tmp_path}'"]
-    note_sweep(tmp_path, ROOT, task=task)
-    assert "asks for callbacks@callbacks=default" in main(cli.main, "sweep", "resume", tmp_path)[0]
-
-
-def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
-    """A file does not choose the folder from which Python would import."""
-    note_sweep(tmp_path, tmp_path, task=["seed=1,2"])
-    told, _ = main(cli.main, "sweep", "resume", tmp_path)
-    assert f"was begun in {tmp_path}, from where its paths are meant; go there first" in told
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "[", "1", "[1]", "hydra: 1", "hydra: {}", "a: &a [*a]", "!!python/object:os.system x",
-     "hydra: {overrides: {hydra: [], task: [1]}, runtime: {cwd: .}, sweeper: {params: null}}",
-     "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: a}}"],
-)  # fmt: skip
-@pytest.mark.parametrize("asked", ["resume", "status"])
-def test_a_file_that_tells_of_no_sweep_is_told(tmp_path, main, text, asked):
-    (tmp_path / jobs.SWEEP_FILE).write_text(text)
-    told, _ = main(cli.main, "sweep", asked, tmp_path)
-    assert f"{tmp_path / jobs.SWEEP_FILE}: does not tell of a sweep" in told
-
-
-def note_sweep(folder: Path, cwd: Path, hydra: Sequence[str] = (), task: Sequence[str] = ()) -> None:
-    """Hydra's own notes of a sweep, as far as they are read."""
-    noted = {
-        "overrides": {"hydra": list(hydra), "task": list(task)},
-        "runtime": {"cwd": str(cwd)},
-        "sweeper": {"params": None},
-    }
-    (folder / jobs.SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
-
-
 def test_a_job_that_came_to_its_end_while_its_parent_was_told_to_stop_is_finished(tmp_path):
     def train_apart(settings, folder):
         replace(Job.read(folder), state=State.finished, valid_loss=1.5, process=2**22 + 1).write(folder)
@@ -304,64 +162,3 @@ def test_a_job_that_came_to_its_end_while_its_parent_was_told_to_stop_is_finishe
 def test_no_process_has_a_number_that_large(tmp_path):
     Job({}, State.running, "today", process=10**30, host=socket.gethostname()).write(tmp_path)
     assert Job.read(tmp_path).told()[0] == "cut off"
-
-
-def test_several_adapters_at_once_are_points_too(tmp_path, tiny, run):
-    arguments = [
-        *tiny,
-        "lora=qv",
-        f"base={run / 'base'}",
-        "lora.rank=[1,2]",
-        "trainer.max_epochs=1",
-        "logger=none",
-    ]
-    jobs.run(settings_of("train", arguments), tmp_path, lambda *_: train(tmp_path, *arguments), once=False)
-    found = sweep.points({place: job.settings for place, job in jobs.adapters(tmp_path).items()})
-    assert sorted(point.settings["lora.rank"] for point in found) == [1, 2]
-    assert {point.settings["lora.rank"]: point.parameters for point in found}[2] == 2 * min(
-        point.parameters for point in found
-    )
-    with pytest.raises(UserError, match="no run has meteor; there are valid_loss"):
-        sweep.points({place: job.settings for place, job in jobs.adapters(tmp_path).items()}, "meteor")
-
-
-@pytest.mark.parametrize(
-    ("change", "beside"),
-    [({}, 0.7038), ({"score": "valid"}, None), ({"limit": 100}, None), ({"model.name": "gpt2.sm"}, None)],
-    ids=str,
-)
-def test_the_papers_figures_stand_beside_its_own_model_corpus_and_test_set(swept, change, beside):
-    ours = {"model.name": "gpt2.md", "data.corpus": "e2e", "score": "test", "limit": None, "lora.rank": 4}
-    (point,) = sweep.points({swept / "0": {**ours, **change}})
-    assert (point.paper or {}).get("bleu") == beside
-
-
-def test_figures_that_are_not_finite_are_none(swept, tmp_path):
-    shutil.copytree(swept / "0", tmp_path / "0")
-    scores = json.loads((tmp_path / "0" / "scores.json").read_text())
-    (tmp_path / "0" / "scores.json").write_text(json.dumps({**scores, "bleu": float("nan")}))
-    found = sweep.metrics(tmp_path / "0")
-    assert "bleu" not in found
-    assert "nist" in found
-    assert sweep.deciding([found, {"bleu": 1.0, "valid_loss": 2.0}]) == "valid_loss"
-
-
-def test_a_refused_sweep_leaves_no_trace(tmp_path, settings, main):
-    asked = ["-m", "lora=qv", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]
-    for number, seed in enumerate((1, 2)):
-        (tmp_path / str(number)).mkdir()
-        jobs.run(settings_of("train", ["lora=qv", f"seed={seed}"]), tmp_path / str(number), Work(), once=True)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for more, message in (
-        (
-            ["lora.rank=2"],
-            "0: holds a job of other settings: lora.rank 4 (here 2); give another hydra.sweep.dir",
-        ),
-        (["score=none"], "score must be train, valid or test, or null, not none"),
-        (["seed=1"], "holds 2 jobs, and this sweep has 1"),
-    ):
-        code, said = main(launch.main, *asked, *more)
-        assert code == 1
-        assert message in said
-        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert main(launch.main, *asked)[0] == 0, "the same again is none of this"

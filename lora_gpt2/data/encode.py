@@ -266,7 +266,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     meta = read_json(path, do)
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UserError(path, f"the format {FORMAT} was expected", do)
-    told: dict[str, Any] = {"files": {}, **meta}
+    told: dict[str, Any] = {"files": {}, **meta}  # an earlier version noted no sums
     try:
         texts = [told["corpus"], told["tokenizer"]["sha256"], *told["files"].values()]
         numbers = [split[name] for split in told["splits"].values() for name in _NUMBERS]

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.weights.pretrained import build_base, without_values
@@ -43,6 +45,11 @@ def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
     nothing is loaded then.
     """
     path, description = describe_adapter(source)
+    _load(model, path, description, read_weights(path)[1])
+    return description
+
+
+def _load(model: GPT2LMModel, path: Path, description: Description, tensors: dict[str, Tensor]) -> None:
     theirs = description.gpt2_config
     names = [name for name in theirs.to_dict() if name.startswith("lora_") and "dropout" not in name]
     if differing := theirs.differences(model.config, names):
@@ -52,13 +59,11 @@ def load_adapter(model: GPT2LMModel, source: str | Path) -> Description:
         origin = description.base_source or f"random weights, seed {description.seed}"
         what = f"was trained on another base (hash {description.base_sha256[:12]}…, this one {found[:12]}…)"
         raise UserError(path, what, f"give the base it was trained on (then it was: {origin})")
-    tensors = read_weights(path)[1]
     try:
         model.load_weight(tensors)
     except ValueError as error:
         do = "use the rank and targets the adapter was trained with"
         raise UserError(path, f"does not fit: {error}", do) from None
-    return description
 
 
 def open_adapter(source: str | Path, base: str | None = None) -> tuple[GPT2LMModel, Description]:
@@ -75,5 +80,5 @@ def open_adapter(source: str | Path, base: str | None = None) -> tuple[GPT2LMMod
     except ValueError as error:
         raise UserError(path, f"does not fit what it says of itself: {error}", WHICH_FILE) from None
     model = build_base(config, where, about.card, about.tokenizer, about.seed, lacking)
-    load_adapter(model, source)
+    _load(model, path, about, tensors)
     return model.eval(), about

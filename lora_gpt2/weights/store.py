@@ -31,7 +31,6 @@ FORMAT = 1
 MODEL_FILE, ADAPTER_FILE = "model.safetensors", "adapter.safetensors"
 WHICH_FILE = "give the run's folder or its .safetensors file, or train again if the file was cut short"
 
-
 _KEY = "lora-gpt2"
 """Under which a file of ours holds what it says of itself."""
 
