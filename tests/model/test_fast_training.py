@@ -102,6 +102,9 @@ def test_packing_changes_no_result_and_is_undone():
     before = {name: value.clone() for name, value in model.weights().items()}
     model.prepack()
     model.prepack()
+    layer = model.transformer.h[0].attn.c_attn
+    assert (layer.weight.shape, layer.weight.requires_grad) == ((64, 192), False)
+    assert layer.prepacked is None or layer.weight.isnan().all()
     value, grads = fast(model)
     expected, theirs = fast(other)
     assert value == pytest.approx(expected, rel=1e-3)
@@ -110,6 +113,7 @@ def test_packing_changes_no_result_and_is_undone():
         with pytest.raises(AssertionError, match="unpack"):
             model.merge()
     model.unpack()
+    assert not layer.weight.requires_grad
     assert all(torch.equal(value, before[name]) for name, value in model.weights().items())
 
 

@@ -34,7 +34,11 @@ def build(targets: list[str], **variant) -> GPT2LMModel:
     torch.manual_seed(2)
     config = GPT2Config(23, 16, 16, 8, 2, 2, initializer_range=0.3, lora_attn_dim=2, lora_attn_alpha=4,
                         lora_targets=targets, **variant)  # fmt: skip
-    return GPT2LMModel(config).eval()
+    model = GPT2LMModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def disturb(model: GPT2LMModel) -> None:
@@ -193,6 +197,14 @@ def test_small_changes_of_doras_magnitudes_act_in_bfloat16():
         gain = (layer(x).float() * before).sum() / before.square().sum()
         layer.bias.copy_(bias)
     assert float(gain) == pytest.approx(1.003, abs=7e-4)
+
+
+def test_doras_outputs_are_of_their_inputs_type_with_biases_of_another():
+    model = build(["c_attn"], lora_dora=True, lora_bias="all")
+    model.train_only_lora(torch.bfloat16)
+    layer = model.transformer.h[0].attn.c_attn
+    assert layer.lora_bias.dtype is torch.float32
+    assert layer(torch.randn(3, 8, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
 def test_merging_one_model_leaves_those_that_share_its_base():
