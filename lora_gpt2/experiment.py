@@ -31,7 +31,7 @@ from lora_gpt2.reporting.metrics import Metrics
 from lora_gpt2.scoring import Asked, longest_context
 from lora_gpt2.settings import GenerateSettings, TrainSettings
 from lora_gpt2.signals import Signals
-from lora_gpt2.training.callbacks import Progress, RanksAgree
+from lora_gpt2.training.callbacks import Progress, SameSettings
 from lora_gpt2.training.checkpoints import LastCheckpoint, WholeCheckpoints
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether
@@ -64,10 +64,10 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
     module = AdaptersTogether(modules) if len(modules) > 1 else modules[""]
-    checkpoint = runs.checkpoint_file(settings.resume)
+    checkpoint = runs.checkpoint_file(settings)
     runs.write_provenance(folder, data)
     with _logged(settings, folder) as loggers:
-        callbacks = [RanksAgree(settings.decisive()), *_callbacks(settings.callbacks, folder)]
+        callbacks = [SameSettings(settings.decisive()), *_callbacks(settings.callbacks, folder)]
         trainer = _trainer(settings.trainer, callbacks, loggers, folder)
         try:
             trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

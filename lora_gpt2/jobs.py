@@ -1,27 +1,26 @@
 """Training runs as jobs: the state that each keeps in its folder, and what a sweep has of them."""
 
-import hashlib
-import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import yaml  # type: ignore[import-untyped]  # omegaconf's own
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from yaml import YAMLError  # type: ignore[import-untyped]  # omegaconf's own
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import first_process, read_json, read_text, write_json
-from lora_gpt2.settings import TrainSettings
+from lora_gpt2.settings import TrainSettings, differences
 
 STATUS_FILE = "status.json"
 SWEEP_FILE = "multirun.yaml"
@@ -75,11 +74,6 @@ class Job:
     """When its file was touched last, in seconds since the epoch; not written there."""
 
     @property
-    def key(self) -> str:
-        """The hash of its settings."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    @property
     def alive(self) -> bool:
         """Whether its process runs, or may run on another machine."""
         if self.state is not State.running or time.time() - self.seen > _STALE:
@@ -106,20 +100,12 @@ class Job:
 
         `place`: the setting by which another folder is given.
         """
-        if differing := self.differences(settings):
+        if differing := differences(self.settings, {**dict.fromkeys(self.settings), **settings}):
             what = f"holds a job of other settings: {', '.join(differing)}"
             raise UserError(folder, what, f"give another {place}")
 
-    def differences(self, settings: dict[str, Any]) -> list[str]:
-        """Each setting that is not this job's: its name, the job's value, and the one in `settings`."""
-        return [
-            f"{name} {self.settings.get(name)} (here {settings.get(name)})"
-            for name in sorted(self.settings.keys() | settings.keys())
-            if self.settings.get(name) != settings.get(name)
-        ]
-
     def write(self, folder: Path) -> None:
-        held = {"key": self.key, **asdict(self)}
+        held = asdict(self)
         del held["seen"]
         write_json(folder / STATUS_FILE, held)
 
@@ -131,7 +117,7 @@ class Job:
             return None
         held = read_json(path, "remove it: the job runs again")
         try:
-            held.pop("key")
+            held.pop("key", None)  # earlier versions' hash of the settings
             job = cls(**{**held, "state": State(held["state"])}, seen=path.stat().st_mtime)
             if not all(isinstance(getattr(job, name), kind) for name, kind in _KINDS.items()):
                 raise TypeError
@@ -150,15 +136,17 @@ def run(
     """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     decisive = settings.decisive()
-    if settings.resume is not None and _run_of(settings.resume).resolve() == folder.resolve():
-        decisive["resume"] = None  # it goes on: still the same job
+    if _resumes(settings, folder):
+        decisive["resume"] = None  # still the same job
     job = Job(decisive, State.running, started, process=os.getpid(), host=socket.gethostname())
     earlier = _earlier(job, folder) if once else None
     if earlier is not None and earlier.state is State.finished:
         print(f"{folder} is finished already: nothing to do")
         return earlier.valid_loss
-    if settings.resume is not None:
-        _check_goes_on(settings, settings.resume)
+    if settings.resume is not None:  # before a word of it is noted
+        from lora_gpt2 import runs  # so late that a wrong setting is reported before torch is loaded
+
+        runs.checkpoint_file(settings)
     begun = earlier is not None and (folder / "checkpoints" / "last.ckpt").is_file()
     if begun and settings.resume is None:
         settings = replace(settings, resume=str(folder))
@@ -172,32 +160,20 @@ def run(
 
 def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
     """Raises UserError where `folder` holds what a run of other settings has trained: it would be lost."""
+    if _resumes(settings, folder):
+        return
     patterns = "checkpoints/*.ckpt", "*.safetensors", "*/*.safetensors"
     job = Job.read(folder) if any(any(folder.glob(pattern)) for pattern in patterns) else None
     if job is not None:
         job.check_same(settings.decisive(), folder, "hydra.run.dir")
 
 
-def _run_of(resume: str) -> Path:
-    """The folder of the run that is resumed by its folder or by a checkpoint in it."""
-    path = Path(resume)
-    return path if path.is_dir() else path.parent.parent
-
-
-def _check_goes_on(settings: TrainSettings, resume: str) -> None:
-    """Raises UserError for settings that are not those of the run that is resumed, and must be."""
-    earlier = Job.read(_run_of(resume))
-    differing = earlier.differences(settings.decisive()) if earlier is not None else []
-    if fixed := [one for one in differing if one.startswith(_FIXED)]:
-        what = f"goes on from a run of other settings: {', '.join(fixed)}"
-        raise UserError(f"resume={resume}", what, "leave these as they were, or start anew with base=")
-
-
-_FIXED = (
-    *(f"data.{name} " for name in ("corpus", "objective", "seq_len", "batch_size", "bucket", "pack")),
-    *("optimizer.", "model.", "lora.", "label_smoothing ", "seed ", "precision "),
-)
-"""How `Job.differences` begin that a checkpoint settles: its optimizer, place among the rows, and weights."""
+def _resumes(settings: TrainSettings, folder: Path) -> bool:
+    """Whether the run that goes on, by its folder or by a checkpoint in it, is that of `folder`."""
+    if settings.resume is None:
+        return False
+    path = Path(settings.resume).resolve()
+    return folder.resolve() in (path, path.parent.parent)
 
 
 def _earlier(job: Job, folder: Path) -> Job | None:
@@ -277,7 +253,47 @@ def finished(found: Mapping[str, Job]) -> int:
     return sum(job.state is State.finished for job in found.values())
 
 
-def sweep_of(folder: Path) -> DictConfig:
+@dataclass
+class Sweep:
+    """What a sweep was asked for, in the words of its command line: nothing in them is resolved."""
+
+    task: list[str]
+    """The overrides of the training."""
+    hydra: list[str]
+    """Those of Hydra's own settings."""
+    cwd: str
+    """The folder it was begun in."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """What its sweeper adds: the values to go through, by the setting's name."""
+
+    @classmethod
+    def of(cls, hydra: Any) -> "Sweep":
+        """From the node ``hydra`` as Hydra composed or noted it. Raises KeyError or TypeError for another."""
+        overrides, params = hydra["overrides"], hydra["sweeper"]["params"]
+        found = cls(overrides["task"], overrides["hydra"], hydra["runtime"]["cwd"], params or {})
+        lists = found.task, found.hydra, found.params
+        if [*map(type, lists)] != [list, list, dict]:
+            raise TypeError
+        if not all(isinstance(text, str) for text in (*found.task, *found.hydra, found.cwd)):
+            raise TypeError
+        return found
+
+    @classmethod
+    def composed(cls, cfg: DictConfig) -> "Sweep":
+        """From the node ``hydra`` of a composed config."""
+        return cls.of(OmegaConf.to_container(cfg, resolve=False))
+
+    def jobs(self) -> dict[str, list[str]]:
+        """The overrides of each job by its number. Raises HydraException for what is no override."""
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
+        given = [f"{name}={values}" for name, values in self.params.items()]
+        batches = BasicSweeper.split_arguments(parsed([*given, *self.task]), None)
+        each = [overrides for batch in batches for overrides in batch]
+        return {str(number): overrides for number, overrides in enumerate(each)}
+
+
+def sweep_of(folder: Path) -> Sweep:
     """What Hydra noted of a sweep. Raises UserError where the folder is none."""
     path, do = folder / SWEEP_FILE, "give the folder of a sweep: outputs/sweeps/…"
     if (folder / SEARCH_FILE).is_file():
@@ -285,32 +301,20 @@ def sweep_of(folder: Path) -> DictConfig:
     if not path.is_file():
         raise UserError(path, "there is no such file", do)
     try:
-        found = OmegaConf.create(read_text(path, do))
-        noted = cast(dict[str, Any], OmegaConf.to_container(found))["hydra"]
-        texts = [*noted["overrides"]["hydra"], *noted["overrides"]["task"], noted["runtime"]["cwd"]]
-        params = noted["sweeper"]["params"]
-        if not all(isinstance(text, str) for text in texts) or not isinstance(params, dict | None):
-            raise TypeError
-    except (AssertionError, KeyError, RecursionError, TypeError, YAMLError):  # OmegaConf asserts
+        return Sweep.of(yaml.safe_load(read_text(path, do))["hydra"])
+    except (KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError):
         raise UserError(path, "does not tell of a sweep", do) from None
-    return cast(DictConfig, found)
 
 
 def planned(folder: Path) -> dict[str, list[str]]:
     """The overrides of each job of a sweep or a search, in their order, by the names of their folders."""
     if not (folder / SWEEP_FILE).is_file():
         return {name: _overrides(folder / name) for name in jobs(folder)}
-    return split(sweep_of(folder).hydra)
-
-
-def split(noted: DictConfig) -> dict[str, list[str]]:
-    """The overrides of each job by its number, from what Hydra has of a sweep."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-    given = [f"{name}={values}" for name, values in (noted.sweeper.params or {}).items()]
-    batches = BasicSweeper.split_arguments(parsed([*given, *noted.overrides.task]), None)
-    each = [overrides for batch in batches for overrides in batch]
-    return {str(number): overrides for number, overrides in enumerate(each)}
+    try:
+        return sweep_of(folder).jobs()
+    except HydraException as error:
+        fault = str(error).splitlines()[0]
+        raise UserError(folder / SWEEP_FILE, f"does not tell of a sweep: {fault}", "give another") from None
 
 
 def parsed(overrides: Iterable[str]) -> list[Override]:
@@ -319,6 +323,11 @@ def parsed(overrides: Iterable[str]) -> list[Override]:
 
 
 def _overrides(place: Path) -> list[str]:
-    """What Hydra noted of one job."""
-    path = place / ".hydra" / "overrides.yaml"
-    return list(map(str, OmegaConf.load(path))) if path.is_file() else []
+    """What Hydra noted of one job. Raises UserError for a file that is not so."""
+    path, do = place / ".hydra" / "overrides.yaml", "remove it: the job's settings are not shown then"
+    if not path.is_file():
+        return []
+    try:
+        return list(map(str, yaml.safe_load(read_text(path, do))))
+    except (RecursionError, TypeError, ValueError, yaml.YAMLError):
+        raise UserError(path, "holds no list of overrides", do) from None

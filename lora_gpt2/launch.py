@@ -20,7 +20,7 @@ from omegaconf import DictConfig, open_dict
 from lora_gpt2 import gate
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
-from lora_gpt2.jobs import STATUS_FILE, Job, check_unclaimed, parsed, run, split, sweep_of
+from lora_gpt2.jobs import STATUS_FILE, Job, Sweep, check_unclaimed, parsed, run, sweep_of
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.signals import wait_for
 
@@ -40,22 +40,24 @@ class OwnFolder(Callback):
         with _refused():
             asked = copy.deepcopy(config)
             with open_dict(asked):
+                asked.hydra.runtime.output_dir = str(folder.absolute())
+                HydraConfig.instance().set_config(asked)  # for ${hydra:…}, as Hydra itself does later
                 del asked["hydra"]
             settings = gate.resolve(asked, TrainSettings)
             with locked(folder):
-                if settings.resume is None:
-                    check_unclaimed(folder, settings)
+                check_unclaimed(folder, settings)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         begun = {path.parent.name: path.parent for path in folder.glob(f"*/{STATUS_FILE}")}
-        asked = split(config.hydra) if begun else {}
+        asked = Sweep.composed(config.hydra).jobs() if begun else {}
         with _refused():
             for name, place in begun.items():
                 if name not in asked:
                     what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
                     raise UserError(folder, what, "give another hydra.sweep.dir")
-                if (job := Job.read(place)) is not None:
+                known = not any("${hydra:" in one for one in asked[name])  # else the job itself looks
+                if known and (job := Job.read(place)) is not None:
                     job.check_same(gate.composed(asked[name]).decisive(), place, "hydra.sweep.dir")
 
 
@@ -96,7 +98,7 @@ def _train(settings: TrainSettings, folder: Path) -> float | None:
 
 def _name_for_dashboards(here: HydraConf) -> None:
     """W&B takes these where the settings name no group and no run."""
-    given = parsed(sweep_of(Path(here.sweep.dir)).hydra.overrides.task)
+    given = parsed(sweep_of(Path(here.sweep.dir)).task)
     of_all = {one.get_key_element() for one in given if not one.is_sweep_override()}
     own = [one for one in parsed(here.overrides.task) if one.get_key_element() not in of_all]
     os.environ["WANDB_RUN_GROUP"] = Path(here.sweep.dir).name

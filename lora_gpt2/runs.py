@@ -159,17 +159,19 @@ def _check_card(settings: GenerateSettings, source: str, card: str) -> None:
         raise UserError(source, what, f"leave model= out or use model={card}")
 
 
-def checkpoint_file(resume: str | None) -> str | None:
-    """The checkpoint to go on from. Raises UserError when it is missing or cut short."""
-    if resume is None:
+def checkpoint_file(settings: TrainSettings) -> str | None:
+    """The checkpoint to go on from. Raises UserError when it is missing, cut short or of other settings."""
+    if settings.resume is None:
         return None
-    path = find(resume, str(Path("checkpoints") / "last.ckpt"))
+    path = find(settings.resume, str(Path("checkpoints") / "last.ckpt"))
     if not path.is_file():
         raise UserError(path, "there is no such file", "give the folder of a run or one of its .ckpt files")
     held = read_pickle(path, mmap=True)
     kinds = {"state_dict": dict, "optimizer_states": list, "lr_schedulers": list, "loops": dict}
     if not all(isinstance(held.get(name), kind) and held[name] for name, kind in kinds.items()):
         raise UserError(path, "holds no state of a run", "give the run's folder or one of its .ckpt files")
+    earlier = held.get("settings")
+    settings.check_goes_on(earlier if isinstance(earlier, dict) else {})
     return str(path)
 
 

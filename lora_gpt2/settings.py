@@ -1,13 +1,14 @@
 """The two experiments' settings: the groups' dataclasses put together. Owns no default but the roots' own."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.decoding.config import DecodingSettings
+from lora_gpt2.errors import UserError
 from lora_gpt2.model.config import LoraBias
 from lora_gpt2.model.settings import LoraSettings, ModelSettings, Precision
 from lora_gpt2.training.config import OptimizerSettings, Schedule, listed
@@ -24,6 +25,12 @@ WITHOUT_EFFECT = (
     "dry_run",
 )
 """How the names of settings begin that do not decide what training gives."""
+
+_SETTLED = (
+    *(f"data.{name}" for name in ("corpus", "objective", "seq_len", "batch_size", "bucket", "pad_", "pack")),
+    *("optimizer.", "model.", "lora.", "label_smoothing", "seed", "precision"),
+)
+"""How those begin that a checkpoint settles: its optimizer, its place among the rows, and its weights."""
 
 FULL_PRECISION = (None, "32-true", "32", 32)
 """What `trainer.precision` says where Lightning converts nothing."""
@@ -91,8 +98,10 @@ class TrainSettings:
             raise ValueError("trainer.gradient_clip_val does not go with 16-mixed: use bf16-mixed")
         if self.score not in (None, "train", "valid", "test"):
             raise ValueError(f"score must be train, valid or test, or null, not {self.score}")
-        if (steps := self.trainer.get("accumulate_grad_batches", 1)) in (0, False):
-            raise ValueError(f"trainer.accumulate_grad_batches must be at least 1, not {steps}")
+        steps = self.trainer.get("accumulate_grad_batches", 1)
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            what = "must be a whole number of at least 1"
+            raise ValueError(f"trainer.accumulate_grad_batches {what}, not {steps}")
         _check_limit_and_seed(self.limit, self.seed)
         self.members()
         if self.optimizer.lora_plus_ratio != 1 and not self.lora.rank:
@@ -108,9 +117,18 @@ class TrainSettings:
                 raise ValueError(f"{what}: leave one of them out")
 
     def decisive(self) -> dict[str, Any]:
-        """Every setting that decides what training gives, by its dotted name."""
-        flat = dict(_flat(json.loads(json.dumps(asdict(self)))))
+        """Every setting that decides what training gives, by its dotted name; a list of one is that one."""
+        alone = self.members().get("", self)
+        flat = dict(_flat(json.loads(json.dumps(asdict(alone)))))
         return {name: value for name, value in flat.items() if not name.startswith(WITHOUT_EFFECT)}
+
+    def check_goes_on(self, earlier: Mapping[str, Any]) -> None:
+        """Raises UserError where a run whose `decisive` settings were `earlier` cannot go on with these."""
+        now = {name: value for name, value in self.decisive().items() if name.startswith(_SETTLED)}
+        if fixed := differences(earlier, {name: value for name, value in now.items() if name in earlier}):
+            what = f"goes on from a run of other settings: {', '.join(fixed)}"
+            do = "leave these as they were, or start anew with base="
+            raise UserError(f"resume={self.resume}", what, do)
 
     def members(self) -> dict[str, "TrainSettings"]:
         """The experiment of each adapter, under a name that says its values; "" where there is but one.
@@ -193,6 +211,15 @@ class GenerateSettings:
         if self.split not in ("train", "valid", "test"):
             raise ValueError(f"split must be train, valid or test, not {self.split}")
         _check_limit_and_seed(self.limit, self.seed)
+
+
+def differences(earlier: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Each of the settings `here` that was another `earlier`: its name and both values."""
+    return [
+        f"{name} {earlier.get(name)} (here {value})"
+        for name, value in sorted(here.items())
+        if earlier.get(name) != value
+    ]
 
 
 def _check_limit_and_seed(limit: int | None, seed: Any) -> None:

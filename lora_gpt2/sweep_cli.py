@@ -53,14 +53,14 @@ def resume(folder: SweepFolder) -> None:
     """Run what is not finished; a job that was cut off goes on from its last checkpoint."""
     from lora_gpt2 import jobs, launch
 
-    noted = jobs.sweep_of(folder).hydra
-    overrides = [*noted.overrides.hydra, *noted.overrides.task]
+    noted = jobs.sweep_of(folder)
+    overrides = [*noted.hydra, *noted.task]
     again = f"give the sweep's own command again with hydra.sweep.dir={folder}"
     for override in filter(_asks_for_more, overrides):
         what = f"asks for {override}, which is not done at a file's word"
         raise UserError(folder / jobs.SWEEP_FILE, what, f"if you wrote it, {again}")
-    if Path(noted.runtime.cwd).resolve() != Path.cwd().resolve():
-        what = f"was begun in {noted.runtime.cwd}, from where its paths are meant"
+    if Path(noted.cwd).resolve() != Path.cwd().resolve():
+        what = f"was begun in {noted.cwd}, from where its paths are meant"
         raise UserError(folder, what, f"go there first, or {again}")
     place = f"hydra.sweep.dir={launch.quoted(folder.resolve())}"
     sys.argv = ["train.py", *overrides, place]

@@ -106,11 +106,6 @@ def test_the_demonstration_improves_every_score(tmp_path):
         ("train", "data.batch_size=two", "data.batch_size=two: Value 'two' of type 'str' could not be conv"),
         ("train", "lora.rank=[]", "lora.rank is an empty list: one value for each adapter was expected"),
         ("train", "data.seq_len=1", "data.seq_len must be at least 2, a token and the next, not 1"),
-        (
-            "train",
-            "trainer.accumulate_grad_batches=0",
-            "trainer.accumulate_grad_batches must be at least 1, not 0",
-        ),
         ("generate", "decoding.beam=1", "decoding.beam: no such setting, did you mean decoding.beam_size?"),
         ("train", "score=none", "score must be train, valid or test, or null, not none"),
     ],

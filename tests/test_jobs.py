@@ -125,9 +125,23 @@ def test_what_does_not_decide_the_result_does_not_count(settings):
     by_bleu = settings_of("train", ["lora=qv", "callbacks=best_bleu"])
     resumed = settings_of("train", ["lora=qv", "resume=elsewhere"])
     every = settings, other, different, by_bleu, resumed
-    keys = [Job(one.decisive(), State.running, "").key for one in every]
+    keys = [json.dumps(one.decisive()) for one in every]
     assert keys[0] == keys[1]
     assert len(set(keys)) == 4
+
+
+def test_a_list_of_one_is_the_one():
+    alone, listed = (settings_of("train", ["lora=qv", f"lora.rank={rank}"]) for rank in ("4", "[4]"))
+    assert alone.decisive() == listed.decisive()
+    listed.check_goes_on(alone.decisive())
+    with pytest.raises(UserError, match=r"lora.rank 3 \(here 4\); leave these as they were"):
+        listed.check_goes_on({**alone.decisive(), "lora.rank": 3})
+
+
+def test_what_a_checkpoint_does_not_say_is_not_compared(settings):
+    earlier = settings.decisive()
+    del earlier["optimizer.lora_plus_ratio"]
+    settings.check_goes_on({**earlier, "of another version": 1})
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, mai
     """Of six jobs two fail: PiSSA cannot start a rank that large."""
     arguments = [*tiny, "lora=qv", f"base={run / 'base'}", "trainer.max_epochs=1", "lora.init=pissa",
                  "logger=none", "score=valid", "limit=3", "decoding.eval_len=6", "decoding.beam_size=2",
-                 "lora.rank=1,999,2", "seed=1,2", f"hydra.sweep.dir={tmp_path}"]  # fmt: skip
+                 "lora.rank=1,999,2", "seed=1,2", "lora.alpha=${lora.rank}",
+                 f"hydra.sweep.dir={tmp_path}"]  # fmt: skip
     register()
     code, said = main(train_py, "-m", *arguments)
     assert code == 1
@@ -66,6 +67,8 @@ def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, mai
     assert said.count("finished already") == 2
     after = {name: (tmp_path / name / "status.json").stat().st_mtime_ns for name in "0145"}
     assert [name for name in before if before[name] != after[name]] == ["4", "5"]
+    finished = [job.settings for job in jobs.jobs(tmp_path).values() if job.state is State.finished]
+    assert [(one["lora.rank"], one["lora.alpha"]) for one in finished] == [(1, 1), (1, 1), (2, 2), (2, 2)]
 
     code, printed = main(cli.main, "sweep", "table", tmp_path, "--by", "valid_loss", "--json")
     assert code == 0
@@ -136,13 +139,21 @@ def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
     "text",
     ["", "[", "1", "[1]", "hydra: 1", "hydra: {}", "a: &a [*a]", "!!python/object:os.system x",
      "hydra: {overrides: {hydra: [], task: [1]}, runtime: {cwd: .}, sweeper: {params: null}}",
-     "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: a}}"],
+     "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: a}}",
+     "a: !!set {b}", "a: !!timestamp 2020-01-01", 'a: "${"', "9" * 5000],
 )  # fmt: skip
 @pytest.mark.parametrize("asked", ["resume", "status"])
 def test_a_file_that_tells_of_no_sweep_is_told(tmp_path, main, text, asked):
     (tmp_path / jobs.SWEEP_FILE).write_text(text)
     told, _ = main(cli.main, "sweep", asked, tmp_path)
     assert f"{tmp_path / jobs.SWEEP_FILE}: does not tell of a sweep" in told
+
+
+@pytest.mark.parametrize("override", ["seed=[", "-x", "lora.rank=interval(1,2)"])
+def test_overrides_that_are_none_are_told(tmp_path, main, override):
+    note_sweep(tmp_path, ROOT, task=[override])
+    told, _ = main(cli.main, "sweep", "status", tmp_path)
+    assert f"{tmp_path / jobs.SWEEP_FILE}: does not tell of a sweep: " in told
 
 
 def test_a_refused_sweep_leaves_no_trace(tmp_path, main):

@@ -66,9 +66,11 @@ def encoded(corpus: str, root: Path | None, tokenizer: str, cache: Path) -> Path
             what = f"these rows are of the corpus {found}, not {corpus}"
             raise UserError(root / META, what, "use data=jsonl or the folder of the other corpus")
         return root
-    if root is not None and (root / "tokenizer").is_dir() and is_encoded(root):
+    own = None if root is None else root / "tokenizer"
+    named = own is not None and Path(tokenizer).expanduser().resolve() == own.resolve()
+    if root is not None and own is not None and own.is_dir() and not named and is_encoded(root):
         what = f"holds encoded rows and their tokenizer, and no {META} that says whether they are whole"
-        raise UserError(root, what, "encode the corpus again")
+        raise UserError(root, what, f"encode the corpus again, or set data.tokenizer={own}")
     inputs = _inputs(corpus, root, None)
     made = _tokenizer(tokenizer, corpus, inputs)
     key = hashlib.sha256(

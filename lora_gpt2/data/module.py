@@ -15,6 +15,7 @@ from lora_gpt2.data.jsonl import DELETE_FOLDER, Row, checked, read_rows
 from lora_gpt2.data.table import read_table
 from lora_gpt2.data.tokenizer import load_tokenizer
 from lora_gpt2.errors import UserError
+from lora_gpt2.files import sha256
 
 
 class DataToText(LightningDataModule):
@@ -40,6 +41,7 @@ class DataToText(LightningDataModule):
             what = "is damaged: it is not what the rows were encoded with"
             raise UserError(self.folder / "tokenizer", what, DELETE_FOLDER)
         self._rows: dict[str, EncodedRows] = {}
+        self._train_sha256 = ""
 
     def expected(self, file: Path) -> str | None:
         """The SHA-256 that one of the encoded files had when it was written, where that is known."""
@@ -70,6 +72,8 @@ class DataToText(LightningDataModule):
             what = f"{self.settings.seq_len} is more than the model's {positions} positions"
             raise UserError("data.seq_len", what, f"set data.seq_len={positions} or use a larger model")
         self._rows = {name: self.split(name, positions) for name in ("train", "valid")}
+        train = self.folder / "train.jsonl"
+        self._train_sha256 = self.expected(train) or sha256(train)
 
     @property
     def train_rows(self) -> EncodedRows:
@@ -78,6 +82,16 @@ class DataToText(LightningDataModule):
     @property
     def valid_rows(self) -> EncodedRows:
         return self._rows["valid"]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which rows they are, through which a run goes in its order."""
+        return {"train_sha256": self._train_sha256}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises UserError for the state of a run over other rows."""
+        if state_dict != self.state_dict():
+            what = "the checkpoint is of a run over other rows, or in another order"
+            raise UserError("resume", what, "give the corpus and the tokenizer of that run")
 
     def train_dataloader(self) -> DataLoader[Batch] | CombinedLoader:
         rows, size = self.train_rows, self.settings.batch_size

@@ -39,6 +39,10 @@ _THEIR_USUAL = {
 """What transformers' config.json may say otherwise, and no GPT-2 here computes."""
 
 
+_MOST_LAYERS = 1_000
+"""The largest GPT-2 has 48; a file may say any number, and each takes time to look at."""
+
+
 class Target(str, Enum):
     """What LoRA adapts in each block."""
 
@@ -228,6 +232,8 @@ class GPT2Config:
             for name in ("vocab_size", "n_positions", "n_ctx", "n_embd", "n_layer", "n_head")
             if not isinstance(value := getattr(self, name), int) or isinstance(value, bool) or value < 1
         ]
+        if not faults and self.n_layer > _MOST_LAYERS:
+            return [f"n_layer must be at most {_MOST_LAYERS:,}, not {self.n_layer:,}"]
         if not faults and self.n_embd % self.n_head:
             faults.append(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if not faults and self.n_ctx > self.n_positions:

@@ -23,8 +23,11 @@ from lora_gpt2.memory import peak
 from lora_gpt2.training.config import OptimizerSettings, Schedule
 
 
-class RanksAgree(Callback):
-    """Stops a run whose processes were given different settings: they would train on as one, unnoticed."""
+class SameSettings(Callback):
+    """Stops a run whose processes were given different settings: they would train on as one, unnoticed.
+
+    Each checkpoint says them, for whoever goes on from it.
+    """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
@@ -37,6 +40,11 @@ class RanksAgree(Callback):
         if any(settings != self.settings for settings in of_all):
             what = "the processes of this run were given different settings"
             raise UserError("trainer", what, "start all of them with the same command")
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["settings"] = dict(self.settings)
 
 
 class Progress(Callback):

@@ -76,8 +76,8 @@ def open_adapter(source: str | Path, base: str | None = None) -> tuple[GPT2LMMod
     config, lacking = about.gpt2_config, about.base_may_lack
     tensors = read_weights(path)[1]
     try:  # before a base of such sizes, drawn at random perhaps, takes memory
-        without_values(config, tensors).load_weight(tensors)
-    except ValueError as error:
+        without_values(config).load_weight(tensors)
+    except (RuntimeError, TypeError, ValueError) as error:  # torch cannot even tell the size of some
         raise UserError(path, f"does not fit what it says of itself: {error}", WHICH_FILE) from None
     model = build_base(config, where, about.card, about.tokenizer, about.seed, lacking)
     _load(model, path, about, tensors)

@@ -1,6 +1,6 @@
 """Bases to adapt: a model of ours, a GPT-2 folder or file, or a name on the hub."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.hub import fetch
-from lora_gpt2.memory import installed, size_of
+from lora_gpt2.memory import installed
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.keys import POSITION_TABLE, canonical, is_lora
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -47,25 +47,16 @@ def base_weights(
         positions = tensors.get(POSITION_TABLE)
         if positions is not None:
             tensors[POSITION_TABLE] = positions[: config.n_positions]
-        without_values(config.without_lora(), None if may_be_missing else tensors).load_weight(
-            tensors, may_be_missing
-        )
+        without_values(config.without_lora()).load_weight(tensors, may_be_missing)
     except (RuntimeError, ValueError) as error:  # torch cannot even tell the size of some
         raise UserError(path, f"does not fit model {card}: {error}", CHOOSE) from None
     return tensors
 
 
-def without_values(config: GPT2Config, names: Iterable[str] | None = None) -> GPT2LMModel:
-    """The model of these sizes in no memory, to compare names and shapes with.
-
-    Of blocks that are not in `names`, which may be any number, it has one.
-    """
-    blocks = config.n_layer
-    if names is not None:
-        named = {name.split(".")[2] for name in names if name.startswith("transformer.h.")}
-        blocks = min(blocks, len(named) + 1)
+def without_values(config: GPT2Config) -> GPT2LMModel:
+    """The model of these sizes in no memory, to compare names and shapes with."""
     with torch.device("meta"):
-        return GPT2LMModel(GPT2Config.from_dict({**config.to_dict(), "n_layer": blocks}))
+        return GPT2LMModel(config)
 
 
 def build_base(
@@ -81,7 +72,8 @@ def build_base(
     Raises UserError for weights that do not fit, or a model that this machine has no room for.
     """
     tensors = None if source is None else base_weights(config, source, card, tokenizer, may_be_missing)
-    needed = sum(size_of(value) for value in without_values(config).weights().values())
+    tables = config.padded_vocab_size + config.n_positions
+    needed = 4 * config.n_embd * (tables + 12 * config.n_layer * config.n_embd)  # its matrices in float32
     if needed > (most := installed()):
         what = f"takes {needed / 1e9:.1f} GB, this machine has {most / 1e9:.1f}"
         raise UserError(f"model {card}", what, "choose a smaller one (model=…)")

@@ -63,6 +63,15 @@ class Description:
     def gpt2_config(self) -> GPT2Config:
         return GPT2Config.from_dict(self.config)
 
+    def check(self) -> None:
+        """Raises TypeError, ValueError and others where it is not what its annotations say."""
+        texts = self.kind, self.card, self.tokenizer, self.base_sha256, self.sha256, self.base_source or ""
+        if not all(isinstance(text, str) for text in (*texts, *self.base_may_lack)):
+            raise TypeError("a text was expected")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed}")
+        dict(self.notes), self.gpt2_config
+
 
 def base_hash(model: GPT2LMModel) -> str:
     """`weights_hash` of the unmerged base alone."""
@@ -247,9 +256,11 @@ def _description(path: Path, told: Mapping[str, Any]) -> Description | None:
     if not told:
         return None
     try:
-        return Description(**{name: value for name, value in told.items() if name != "format"})
-    except TypeError as error:
+        found = Description(**{name: value for name, value in told.items() if name != "format"})
+        found.check()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(path, f"has a description that cannot be read ({error})", WHICH_FILE) from None
+    return found
 
 
 def find(source: str | Path, file_name: str) -> Path:

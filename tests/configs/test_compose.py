@@ -110,6 +110,10 @@ def test_the_papers_decoding_is_the_default():
         ("optimizer.lr=-1", "optimizer.lr must be above 0"),
         ("optimizer.lr=inf", "optimizer.lr must be above 0, and finite, not inf"),
         ("optimizer.weight_decay=nan", "optimizer.weight_decay must be at least 0, and finite, not nan"),
+        *(
+            (f"trainer.accumulate_grad_batches={steps}", "must be a whole number of at least 1, not")
+            for steps in (0, -2, 1.5, "true")
+        ),
         ("seed=1e30", r"seed must be in \[0, 2\*\*32\), not 1000"),
         ("optimizer.lora_plus_ratio=0", "optimizer.lora_plus_ratio must be above 0, and finite, not 0"),
     ],

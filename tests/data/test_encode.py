@@ -175,8 +175,10 @@ def test_ids_beside_their_tokenizer_are_not_taken_for_another_one_s(tmp_path, ra
     out = tmp_path / "out"
     encode_corpus("e2e", raw, "corpus:280", out)
     (out / "meta.json").unlink()
-    with pytest.raises(UserError, match=r"no meta.json that says whether they are whole; encode the corpus"):
+    with pytest.raises(UserError, match=r"no meta.json .* whole; .* or set data.tokenizer=\S+/out/tokenizer"):
         encoded("jsonl", out, "gpt2", tmp_path / "cache")
+    folder = encoded("jsonl", out, str(out / "tokenizer"), tmp_path / "cache")
+    assert list(read_rows(folder / "train.jsonl")) == list(read_rows(out / "train.jsonl"))
 
 
 def test_files_of_ids_keep_their_ids_and_gain_their_texts(tmp_path):

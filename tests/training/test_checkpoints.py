@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,11 +184,10 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path, tiny):
 
 
 def test_a_run_goes_on_with_its_own_settings(tmp_path, tiny):
+    """Its checkpoint says them, wherever it lies."""
     train(tmp_path, *tiny, "trainer.max_steps=1")
-    Job(settings_of("train", [*tiny, "trainer.max_steps=1"]).decisive(), State.failed, "today").write(
-        tmp_path
-    )
-    for place in (tmp_path, tmp_path / "checkpoints" / "last.ckpt"):
+    shutil.copy(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "elsewhere.ckpt")
+    for place in (tmp_path, tmp_path / "checkpoints" / "last.ckpt", tmp_path / "elsewhere.ckpt"):
         other = settings_of("train", [*tiny, "optimizer.lr=0.5", "data.batch_size=5", f"resume={place}"])
         with pytest.raises(
             UserError, match=r"data.batch_size \d+ \(here 5\), optimizer.lr .* \(here 0.5\); leave"
@@ -196,6 +196,38 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, tiny):
     longer = settings_of("train", [*tiny, "trainer.max_steps=2", f"resume={tmp_path}"])
     assert jobs.run(longer, tmp_path, lambda *_: 1.0, once=False) == 1.0
     assert Job.read(tmp_path).settings["resume"] is None, "it is still the same job"
+
+
+def test_a_run_goes_on_over_its_own_rows(tmp_path, tiny, tiny_corpus):
+    """The same ones may lie elsewhere by now; the other way round is another order."""
+    train(tmp_path / "a", *tiny, "trainer.max_steps=1")
+    for name, change in (("moved", lambda lines: lines), ("turned", reversed)):
+        shutil.copytree(tiny_corpus, tmp_path / name)
+        rows = tmp_path / name / "train.jsonl"
+        rows.write_text("".join(change(rows.read_text().splitlines(keepends=True))))
+    again = [*tiny, "trainer.max_steps=2", f"resume={tmp_path / 'a'}"]
+    train(tmp_path / "b", *again, f"data.root={tmp_path / 'moved'}")
+    with pytest.raises(UserError, match=r"of a run over other rows, or in another order; give the corpus"):
+        train(tmp_path / "c", *again, f"data.root={tmp_path / 'turned'}")
+
+
+def test_a_run_that_goes_on_takes_no_other_run_s_folder(tmp_path, tiny):
+    for name in "ab":
+        train(tmp_path / name, *tiny, "trainer.max_steps=1", f"seed={ord(name)}")
+        Job(settings_of("train", [*tiny, f"seed={ord(name)}"]).decisive(), State.finished, "today").write(
+            tmp_path / name
+        )
+    given = [*tiny, f"seed={ord('a')}", f"resume={tmp_path / 'a'}", "dry_run=true"]
+    done = script("train", *given, f"hydra.run.dir={tmp_path / 'b'}")
+    assert done.returncode == 1
+    assert "holds a job of other settings" in done.stderr
+    assert script("train", *given, f"hydra.run.dir={tmp_path / 'a'}").returncode == 0
+
+
+def test_settings_may_name_the_run_s_own_folder(tmp_path, tiny):
+    given = [*tiny, "dry_run=true", f"hydra.run.dir={tmp_path}"]
+    done = script("train", *given, "+trainer.default_root_dir=${hydra:runtime.output_dir}")
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_full_disk_is_one_clear_error_and_the_last_good_file_stays(tmp_path, tiny):

@@ -110,12 +110,27 @@ def test_a_damaged_description_is_refused(tmp_path, model):
         read_weights(path)
 
 
+ABOUT = {"format": 1, "kind": "adapter", "card": "tiny", "config": GPT2Config(5).to_dict(), "tokenizer": ""}
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({"format": 99}, "has format 99, this version reads 1"),
         ({"format": 1, "kind": "adapter"}, "has a description that cannot be read"),
         ({"format": 1, "colour": "red"}, "has a description that cannot be read"),
+        *(
+            ({**ABOUT, **wrong}, "has a description that cannot be read")
+            for wrong in (
+                {"config": {}},
+                {"base_source": 5},
+                {"seed": "x"},
+                {"seed": -1},
+                {"card": None},
+                {"base_may_lack": 1},
+                {"notes": 1},
+            )
+        ),
         ([1], "has a description that cannot be read"),
         ("[" * 100_000, "is JSON nested too deep"),
     ],
