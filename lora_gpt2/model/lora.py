@@ -280,7 +280,7 @@ class MergedLinear(nn.Module):
 class LayerNorm(nn.LayerNorm):
     """LayerNorm whose bias may be absent, or have a trained ``lora_bias`` added."""
 
-    def __init__(self, size: int, eps: float, bias: bool = True, train_bias: bool = False) -> None:
+    def __init__(self, size: int, eps: float, bias: bool, train_bias: bool) -> None:
         super().__init__(size, eps=eps, bias=bias)
         self.lora_bias = nn.Parameter(torch.zeros(size)) if train_bias else None
         self._base_bias: nn.Parameter | None = None

@@ -43,7 +43,7 @@ def head_loss(
     head: Tensor,
     targets: Tensor,
     weights: Tensor,
-    label_smooth: float = 0.0,
+    label_smooth: float,
     prepacked: Prepacked | None = None,
 ) -> Tensor:
     """`batch_loss` of a linear head's `token_loss`, without ever holding all logits.

@@ -76,6 +76,12 @@ def test_nist_of_a_single_reference_is_the_figure_done_by_hand():
     assert bleu_and_nist(["a b a c"], references)[1] == pytest.approx(expected)
 
 
+def test_a_single_n_gram_of_a_length_counts():
+    references = [["a b c d e", "a b c d f"]]
+    expected = literal_nist(["a b c d e"], references)
+    assert bleu_and_nist(["a b c d e"], references)[1] == pytest.approx(expected)
+
+
 def test_two_thirds_of_the_length_halve_nist():
     assert bleu_and_nist(["a b"], [["a b c"]])[1] == pytest.approx(math.log2(3) / 2)
 

@@ -142,6 +142,24 @@ def test_the_heads_loss_in_parts_is_the_whole_one(monkeypatch, smooth):
         torch.testing.assert_close(head_loss(hidden, head, targets, weights, smooth) * 3, expected)
 
 
+def test_a_loss_of_bfloat16_logits_is_float32():
+    hidden, head = (torch.randn(n, 64, generator=GENERATOR).bfloat16() for n in (1, 300))
+    expected = F.cross_entropy((hidden @ head.T).float(), LABELS[0, :1]) / (1 + 1e-4)
+    assert head_loss(hidden, head, LABELS[0, :1], torch.ones(1), 0.0).item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
+
+
+def test_as_little_smoothing_as_the_published_implementation_leaves_out_is_none():
+    hidden, head = (torch.randn(n, 64, generator=GENERATOR) for n in (5, 300))
+    targets, weights = LABELS[0, :5], torch.ones(5)
+    whole = [token_loss(hidden @ head.T, targets, smooth) for smooth in (0.0, 1e-4, 1.1e-4)]
+    parts = [head_loss(hidden, head, targets, weights, smooth) for smooth in (0.0, 1e-4, 1.1e-4)]
+    for none, little, some in (whole, parts):
+        assert torch.equal(none, little)
+        assert not torch.equal(none, some)
+
+
 def test_the_heads_memory_does_not_grow_with_positions_times_vocabulary(monkeypatch):
     monkeypatch.setattr(loss, "_LOGITS", 32 * 1000)
     peaks = []

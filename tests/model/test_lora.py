@@ -71,8 +71,9 @@ def test_gradients_reach_every_adapter_tensor_and_not_the_base():
     assert ours.lora_B.grad.abs().sum() > 0
 
 
-def test_rank_dropout_acts_between_the_factors_and_only_in_training():
-    layer = MergedLinear(16, 48, 4, 8, 0.0, [True, False, False], lora_r_dropout=0.5)
+@pytest.mark.parametrize("where", ["lora_dropout", "lora_r_dropout"])
+def test_dropout_before_and_between_the_factors_acts_only_in_training(where):
+    layer = MergedLinear(16, 48, 4, 8, enable_lora=[True, False, False], **{where: 0.5})
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(64, 16)
     assert not torch.equal(layer.train()(x), layer.train()(x))

@@ -148,6 +148,12 @@ def test_an_adapted_model_without_its_padding_or_positions_keeps_losses_and_logi
         padded.crop_block_size(10)
 
 
+def test_the_norms_have_the_epsilon_that_is_asked_for():
+    norm = GPT2LMModel(GPT2Config(23, 16, 16, 8, 2, 2, layer_norm_epsilon=0.5)).transformer.h[0].ln_1
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(norm(x), torch.nn.functional.layer_norm(x, (8,), eps=0.5))
+
+
 def test_without_biases_there_are_fewer_parameters():
     with_bias, without = build(["q"]), build(["q"], bias=False)
     assert not [name for name, _ in without.named_parameters() if name.endswith("bias")]
@@ -223,10 +229,14 @@ def test_merging_one_model_leaves_those_that_share_its_base():
 def test_a_merged_model_that_changed_its_type_unmerges_in_that_type():
     model = build(["q"], lora_bias="all")
     disturb(model)
+    model.train_only_lora()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     model.merge()
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
     model.double()
     model.unmerge()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
     assert model(IDS)[0].dtype is torch.float64
 
 
