@@ -4,6 +4,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lora_gpt2 import gate
@@ -16,12 +17,14 @@ gate.register()
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="generate")
 def main(cfg: DictConfig) -> None:
     """Runs the experiment."""
-    resolved = gate.resolve(cfg, GenerateSettings)
-    from lora_gpt2 import experiment  # here, so that a wrong setting is reported before torch is loaded
+    here = HydraConfig.get()
+    with gate.refused(in_sweep=here.mode is RunMode.MULTIRUN):
+        resolved = gate.resolve(cfg, GenerateSettings)
+        from lora_gpt2 import experiment  # here, so that a wrong setting is reported before torch is loaded
 
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    with gate.user_errors(), locked(folder):
-        experiment.generate(resolved, folder)
+        folder = Path(here.runtime.output_dir)
+        with locked(folder):
+            experiment.generate(resolved, folder)
 
 
 if __name__ == "__main__":

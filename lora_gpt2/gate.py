@@ -120,12 +120,24 @@ def user_errors() -> Iterator[None]:
         raise ConfigError(str(error)) from None
 
 
-def tell(error: Exception) -> None:
-    """Says it in its own line, or, where HYDRA_FULL_ERROR asked for that, with its traceback."""
-    if os.environ.get(_IN_A_LINE, "1"):
-        print(error, file=sys.stderr)
-    else:
-        traceback.print_exception(error)
+@contextmanager
+def refused(in_sweep: bool = False) -> Iterator[None]:
+    """Ends the process in a line for a fault of the user's; Hydra would write more, or go on.
+
+    `in_sweep`: raises ConfigError instead, as the other jobs do go on. Where HYDRA_FULL_ERROR is set, the
+    whole traceback is shown.
+    """
+    try:
+        with user_errors():
+            yield
+    except HydraException as error:
+        if in_sweep:
+            raise
+        if os.environ.get(_IN_A_LINE, "1"):
+            print(error, file=sys.stderr)
+        else:
+            traceback.print_exception(error)
+        raise SystemExit(1) from None
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import first_process, read_json, read_text, write_json
 from lora_gpt2.settings import TrainSettings, differences
+from lora_gpt2.signals import Stopped
 
 STATUS_FILE = "status.json"
 SWEEP_FILE = "multirun.yaml"
@@ -28,6 +29,9 @@ SWEEP_FILE = "multirun.yaml"
 
 SEARCH_FILE = "search.journal"
 """What Optuna notes in a search's folder."""
+
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+"""From where a run goes on, in its folder."""
 
 _BEAT = 60.0
 """A running job touches its file every so many seconds."""
@@ -90,7 +94,8 @@ class Job:
 
     def told(self) -> list[str]:
         """Its state, validation loss, minutes and fault, as a table shows them."""
-        cut_off = self.state is State.running and not self.alive
+        stopped = self.state is State.failed and (self.error or "").startswith(Stopped.__name__)
+        cut_off = stopped or (self.state is State.running and not self.alive)
         loss = "" if self.valid_loss is None else f"{self.valid_loss:.4f}"
         minutes = f"{self.seconds / 60:.1f}" if self.seconds else ""
         return ["cut off" if cut_off else self.state.value, loss, minutes, self.error or ""]
@@ -147,8 +152,7 @@ def run(
         from lora_gpt2 import runs  # so late that a wrong setting is reported before torch is loaded
 
         runs.checkpoint_file(settings)
-    begun = earlier is not None and (folder / "checkpoints" / "last.ckpt").is_file()
-    if begun and settings.resume is None:
+    if once and settings.resume is None and (folder / LAST_CHECKPOINT).is_file():
         settings = replace(settings, resume=str(folder))
     with _noted(job, folder):
         job.valid_loss = work(settings, folder)
@@ -159,13 +163,20 @@ def run(
 
 
 def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
-    """Raises UserError where `folder` holds what a run of other settings has trained: it would be lost."""
+    """Raises UserError where `folder` holds what would be lost.
+
+    That is what a run of other settings has trained, and where one of the same was interrupted.
+    """
     if _resumes(settings, folder):
         return
     patterns = "checkpoints/*.ckpt", "*.safetensors", "*/*.safetensors"
     job = Job.read(folder) if any(any(folder.glob(pattern)) for pattern in patterns) else None
-    if job is not None:
-        job.check_same(settings.decisive(), folder, "hydra.run.dir")
+    if job is None:
+        return
+    job.check_same(settings.decisive(), folder, "hydra.run.dir")
+    if job.state is not State.finished and (folder / LAST_CHECKPOINT).is_file():
+        do = f"go on with resume={folder}, or give another hydra.run.dir"
+        raise UserError(folder, "holds a run that has not come to its end", do)
 
 
 def _resumes(settings: TrainSettings, folder: Path) -> bool:

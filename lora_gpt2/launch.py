@@ -3,8 +3,7 @@
 import copy
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import hydra
 from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
@@ -37,7 +35,7 @@ class OwnFolder(Callback):
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.run.dir)
-        with _refused():
+        with gate.refused():
             asked = copy.deepcopy(config)
             with open_dict(asked):
                 asked.hydra.runtime.output_dir = str(folder.absolute())
@@ -50,8 +48,8 @@ class OwnFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         begun = {path.parent.name: path.parent for path in folder.glob(f"*/{STATUS_FILE}")}
-        asked = Sweep.composed(config.hydra).jobs() if begun else {}
-        with _refused():
+        with gate.refused():
+            asked = Sweep.composed(config.hydra).jobs() if begun else {}
             for name, place in begun.items():
                 if name not in asked:
                     what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
@@ -61,21 +59,11 @@ class OwnFolder(Callback):
                     job.check_same(gate.composed(asked[name]).decisive(), place, "hydra.sweep.dir")
 
 
-@contextmanager
-def _refused() -> Iterator[None]:
-    """Ends the process in a line: Hydra goes on behind any other exception of a callback."""
-    try:
-        yield
-    except (HydraException, UserError) as error:
-        gate.tell(error)
-        raise SystemExit(1) from None
-
-
 def launch(cfg: DictConfig) -> float | None:
     """The experiment that Hydra composed, in the folder that Hydra chose."""
-    resolved, here = gate.resolve(cfg, TrainSettings), HydraConfig.get()
-    in_sweep = here.mode is RunMode.MULTIRUN
-    with gate.user_errors():
+    in_sweep = HydraConfig.get().mode is RunMode.MULTIRUN
+    with gate.refused(in_sweep):
+        resolved, here = gate.resolve(cfg, TrainSettings), HydraConfig.get()
         if in_sweep and _under_torchrun():
             do = "start the sweep without it: each of its jobs starts its own processes"
             raise UserError("torchrun", "would run the whole sweep in each of its processes", do)

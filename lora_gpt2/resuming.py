@@ -11,9 +11,10 @@ from time import time
 
 from lora_gpt2 import launch, runs
 from lora_gpt2.errors import UserError
+from lora_gpt2.jobs import LAST_CHECKPOINT
 
-KILLS = signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT
-"""How a run is interrupted, in turn: every other time so that it has no time for anything."""
+KILLS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL
+"""How a run is interrupted, in turn: half of the times so that it has no time for anything."""
 
 _COLUMN = "train/loss"
 
@@ -79,7 +80,7 @@ def _start(command: Sequence[str], place: Path) -> "subprocess.Popen[bytes]":
 
 def _interrupted(command: Sequence[str], place: Path, found: Verified, random: Random, kills: int) -> bool:
     """Begins or goes on; returns whether the run was cut short."""
-    begun = (place / "checkpoints" / "last.ckpt").is_file()
+    begun = (place / LAST_CHECKPOINT).is_file()
     found.resumed += begun
     resume = [f"resume={launch.quoted(place)}"] if begun else []
     process = _start([*command, *resume], place)

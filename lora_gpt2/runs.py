@@ -22,6 +22,7 @@ from lora_gpt2.data.module import DataToText
 from lora_gpt2.data.tokenizer import MERGES_FILES, Tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import write_json
+from lora_gpt2.jobs import LAST_CHECKPOINT
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import LoraSettings, Precision, gpt2_config
@@ -163,7 +164,7 @@ def checkpoint_file(settings: TrainSettings) -> str | None:
     """The checkpoint to go on from. Raises UserError when it is missing, cut short or of other settings."""
     if settings.resume is None:
         return None
-    path = find(settings.resume, str(Path("checkpoints") / "last.ckpt"))
+    path = find(settings.resume, str(LAST_CHECKPOINT))
     if not path.is_file():
         raise UserError(path, "there is no such file", "give the folder of a run or one of its .ckpt files")
     held = read_pickle(path, mmap=True)
@@ -172,6 +173,11 @@ def checkpoint_file(settings: TrainSettings) -> str | None:
         raise UserError(path, "holds no state of a run", "give the run's folder or one of its .ckpt files")
     earlier = held.get("settings")
     settings.check_goes_on(earlier if isinstance(earlier, dict) else {})
+    for unit, most in (("global_step", "max_steps"), ("epoch", "max_epochs")):
+        asked = settings.trainer.get(most)
+        if isinstance(asked, int) and 0 <= asked < (there := held.get(unit, 0)):
+            what = f"its {unit.replace('_', ' ')} is {there} already, trainer.{most} is {asked}"
+            raise UserError(f"resume={settings.resume}", what, "give more, or leave it as it was")
     return str(path)
 
 
@@ -212,7 +218,7 @@ def keep_weights(
     Returns the validation loss of each member's best weights; None when none was taken (then the last weights
     are kept).
     """
-    trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+    trainer.save_checkpoint(folder / LAST_CHECKPOINT)
     if isinstance(module, AdaptersTogether):
         if keep is Keep.best:
             module.keep_best()

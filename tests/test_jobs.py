@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 from lora_gpt2 import jobs
 from lora_gpt2.errors import UserError
 from lora_gpt2.jobs import Job, State
+from lora_gpt2.signals import Stopped
 from tests.conftest import settings_of
 
 
@@ -63,7 +65,7 @@ def test_a_job_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, settings):
     assert work.resumed == [str(tmp_path)]
     (tmp_path / "status.json").unlink()
     jobs.run(settings, tmp_path, work, once=True)
-    assert work.resumed[1:] == [None], "nobody knows whose checkpoint that is"
+    assert work.resumed[1:] == [str(tmp_path)], "the checkpoint itself says whose it is"
 
 
 @pytest.mark.parametrize("host", [None, "another machine"])
@@ -171,6 +173,15 @@ def test_a_job_that_came_to_its_end_while_its_parent_was_told_to_stop_is_finishe
         jobs.run(settings_of("train", []), tmp_path, train_apart, once=True)
     job = Job.read(tmp_path)
     assert (job.state, job.valid_loss, job.error) == (State.finished, 1.5, None)
+
+
+def test_a_job_that_was_told_to_stop_is_cut_off_and_has_not_failed(tmp_path, settings):
+    def told(settings, folder):
+        raise Stopped(signal.SIGINT)
+
+    with pytest.raises(Stopped):
+        jobs.run(settings, tmp_path, told, once=True)
+    assert Job.read(tmp_path).told() == ["cut off", "", "", "Stopped: SIGINT"]
 
 
 def test_no_process_has_a_number_that_large(tmp_path):

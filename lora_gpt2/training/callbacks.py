@@ -62,6 +62,8 @@ class Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start = self._printed = time.monotonic()
         self._tokens, self._first_step = 0, trainer.global_step
+        if trainer.ckpt_path is not None:
+            _say(f"  goes on behind step {trainer.global_step:,} of {trainer.ckpt_path}")
         settings = getattr(getattr(trainer, "datamodule", None), "settings", None)
         if isinstance(settings, DataSettings):
             rows = settings.batch_size * trainer.accumulate_grad_batches

@@ -187,13 +187,15 @@ def read_weights(path: Path) -> tuple[Description | None, dict[str, Tensor]]:
 def read_pickle(path: Path, mmap: bool = False) -> dict[str, Any]:
     """The dict in a .pt, .bin or .ckpt file, read as plain values: no code in it is ever run.
 
-    `mmap`: tensors stay in the file, which torch.save must have written in its present form.
+    `mmap`: tensors stay in the file; those of torch before 1.6 cannot be read so.
     Raises UserError for a file that is missing, cut short, or holds anything else.
     """
     if not path.is_file():
         raise UserError(path, "there is no such file", "give a file of weights")
     if fault := _archive_fault(path):
         raise UserError(path, fault, "take another copy, or write it again")
+    if mmap and not zipfile.is_zipfile(path):
+        raise UserError(path, "is no checkpoint of this version", "give one that train.py has written")
     try:
         values: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:

@@ -1,6 +1,7 @@
 """Runs that are told to stop, disks that are full, files that are not what they seem."""
 
 import os
+import re
 import resource
 import shutil
 import signal
@@ -59,9 +60,14 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_weights(tmp_path, tiny, 
     assert f"go on with resume={broken}" in said
     assert "Traceback" not in said
     assert not (broken / "adapter.safetensors").exists()
+    again = script("train", *arguments, slow, f"hydra.run.dir={broken}")
+    told = f"{broken}: holds a run that has not come to its end; go on with resume={broken}, or give another"
+    assert (again.returncode, again.stderr.splitlines()) == (1, [f"{told} hydra.run.dir"])
     for folder, add in ((whole, []), (resumed, [f"resume={broken}"])):
         done = script("train", *arguments, *add, f"hydra.run.dir={folder}")
         assert done.returncode == 0, done.stderr
+        behind = re.search(rf"goes on behind step [1-9]\d* of {broken}/checkpoints/last.ckpt", done.stdout)
+        assert bool(behind) == bool(add)
     expected, got = (load_file(folder / "adapter.safetensors") for folder in (whole, resumed))
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())
 
@@ -193,6 +199,9 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, tiny):
             UserError, match=r"data.batch_size \d+ \(here 5\), optimizer.lr .* \(here 0.5\); leave"
         ):
             jobs.run(other, tmp_path, lambda *_: None, once=False)
+    with pytest.raises(UserError, match=r"its global step is 1 already, trainer.max_steps is 0; give more"):
+        jobs.run(settings_of("train", [*tiny, "trainer.max_steps=0", f"resume={tmp_path}"]), tmp_path,
+                 lambda *_: None, once=False)  # fmt: skip
     longer = settings_of("train", [*tiny, "trainer.max_steps=2", f"resume={tmp_path}"])
     assert jobs.run(longer, tmp_path, lambda *_: 1.0, once=False) == 1.0
     assert Job.read(tmp_path).settings["resume"] is None, "it is still the same job"
@@ -244,6 +253,24 @@ def test_a_full_disk_is_one_clear_error_and_the_last_good_file_stays(tmp_path, t
     assert "Traceback" not in done.stderr
     assert last.read_bytes() == before
     assert not list(last.parent.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("nothing", "there is no such file"),
+        ("empty.ckpt", "is empty"),
+        ("text.ckpt", "is no checkpoint of this"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_told_in_a_line_before_anything_is_read(tmp_path, given, told):
+    (tmp_path / "empty.ckpt").touch()
+    (tmp_path / "text.ckpt").write_text("weights")
+    nowhere = ["data=e2e", "data.root=/no/where", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = script("train", *nowhere, f"resume={tmp_path / given}")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+    assert f"{tmp_path / given}: {told}" in done.stderr
+    assert not (tmp_path / "run" / "status.json").exists()
 
 
 @pytest.mark.parametrize("fault", ["a byte", "cut", "compressed"])
