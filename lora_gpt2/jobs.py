@@ -167,7 +167,7 @@ def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
 
     That is what a run of other settings has trained, and where one of the same was interrupted.
     """
-    if _resumes(settings, folder):
+    if _resumes(settings, folder) or not first_process():  # the others come when it is running
         return
     patterns = "checkpoints/*.ckpt", "*.safetensors", "*/*.safetensors"
     job = Job.read(folder) if any(any(folder.glob(pattern)) for pattern in patterns) else None

@@ -27,7 +27,8 @@ WITHOUT_EFFECT = (
 """How the names of settings begin that do not decide what training gives."""
 
 _SETTLED = (
-    *(f"data.{name}" for name in ("corpus", "objective", "seq_len", "batch_size", "bucket", "pad_", "pack")),
+    *("data.corpus", "data.objective", "data.seq_len", "data.batch_size"),
+    *("data.bucket", "data.pad_multiple", "data.pack"),
     *("optimizer.", "model.", "lora.", "label_smoothing", "seed", "precision"),
 )
 """How those begin that a checkpoint settles: its optimizer, its place among the rows, and its weights."""

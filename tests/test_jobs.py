@@ -184,6 +184,17 @@ def test_a_job_that_was_told_to_stop_is_cut_off_and_has_not_failed(tmp_path, set
     assert Job.read(tmp_path).told() == ["cut off", "", "", "Stopped: SIGINT"]
 
 
+def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(tmp_path, settings, monkeypatch):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / jobs.LAST_CHECKPOINT).touch()
+    Job(settings.decisive(), State.running, "today").write(tmp_path)
+    with pytest.raises(UserError, match="holds a run that has not come to its end; go on with resume="):
+        jobs.check_unclaimed(tmp_path, settings)
+    jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path)))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    jobs.check_unclaimed(tmp_path, settings)
+
+
 def test_no_process_has_a_number_that_large(tmp_path):
     Job({}, State.running, "today", process=10**30, host=socket.gethostname()).write(tmp_path)
     assert Job.read(tmp_path).told()[0] == "cut off"

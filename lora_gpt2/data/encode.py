@@ -66,11 +66,8 @@ def encoded(corpus: str, root: Path | None, tokenizer: str, cache: Path) -> Path
             what = f"these rows are of the corpus {found}, not {corpus}"
             raise UserError(root / META, what, "use data=jsonl or the folder of the other corpus")
         return root
-    own = None if root is None else root / "tokenizer"
-    named = own is not None and Path(tokenizer).expanduser().resolve() == own.resolve()
-    if root is not None and own is not None and own.is_dir() and not named and is_encoded(root):
-        what = f"holds encoded rows and their tokenizer, and no {META} that says whether they are whole"
-        raise UserError(root, what, f"encode the corpus again, or set data.tokenizer={own}")
+    if root is not None and (root / "tokenizer").is_dir() and is_encoded(root):
+        _check_own_tokenizer(root, tokenizer)
     inputs = _inputs(corpus, root, None)
     made = _tokenizer(tokenizer, corpus, inputs)
     key = hashlib.sha256(
@@ -89,6 +86,13 @@ def encoded(corpus: str, root: Path | None, tokenizer: str, cache: Path) -> Path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _check_own_tokenizer(root: Path, tokenizer: str) -> None:
+    """Raises UserError unless `tokenizer` is the one beside the ids in `root`."""
+    if Path(tokenizer).expanduser().resolve() != (own := root / "tokenizer").resolve():
+        what = f"holds encoded rows and their tokenizer, and no {META} that says whether they are whole"
+        raise UserError(root, what, f"encode the corpus again, or set data.tokenizer={own}")
 
 
 def is_encoded(root: Path) -> bool:

@@ -70,7 +70,9 @@ class Description:
             raise TypeError("a text was expected")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed}")
-        dict(self.notes), self.gpt2_config
+        if not isinstance(self.notes, dict):
+            raise TypeError("notes by their names were expected")
+        GPT2Config.from_dict(self.config)
 
 
 def base_hash(model: GPT2LMModel) -> str:
