@@ -57,6 +57,7 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
                 screen.model(settings.model.name, GPT2LMModel(config))
         return None
     data.load(settings.model.n_positions)
+    checkpoint = runs.checkpoint_file(settings, data)
     if settings.score:
         _check_scoring(settings, data)
     screen.rows_cut(settings.data.seq_len, train=data.train_rows, valid=data.valid_rows)
@@ -64,7 +65,6 @@ def train(settings: TrainSettings, folder: Path) -> float | None:
     if settings.lora.rank and settings.base is None:
         screen.note("the base has random weights: base= names a run, a folder, a file or a hub name")
     module = AdaptersTogether(modules) if len(modules) > 1 else modules[""]
-    checkpoint = runs.checkpoint_file(settings)
     runs.write_provenance(folder, data)
     with _logged(settings, folder) as loggers:
         callbacks = [SameSettings(settings.decisive()), *_callbacks(settings.callbacks, folder)]

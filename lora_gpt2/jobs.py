@@ -120,7 +120,8 @@ class Job:
         path = folder / STATUS_FILE
         if not path.is_file():
             return None
-        held = read_json(path, "remove it: the job runs again")
+        do = "remove it: the job goes on from its last checkpoint, if it has one"
+        held = read_json(path, do)
         try:
             held.pop("key", None)  # earlier versions' hash of the settings
             job = cls(**{**held, "state": State(held["state"])}, seen=path.stat().st_mtime)
@@ -128,7 +129,7 @@ class Job:
                 raise TypeError
             return job
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(path, "does not tell of a job", "remove it: the job runs again") from None
+            raise UserError(path, "does not tell of a job", do) from None
 
 
 def run(
@@ -152,7 +153,7 @@ def run(
         from lora_gpt2 import runs  # so late that a wrong setting is reported before torch is loaded
 
         runs.checkpoint_file(settings)
-    if once and settings.resume is None and (folder / LAST_CHECKPOINT).is_file():
+    if (once or (settings.resume is None and _restarted())) and (folder / LAST_CHECKPOINT).is_file():
         settings = replace(settings, resume=str(folder))
     with _noted(job, folder):
         job.valid_loss = work(settings, folder)
@@ -169,12 +170,11 @@ def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
     """
     if _resumes(settings, folder) or not first_process():  # the others come when it is running
         return
-    patterns = "checkpoints/*.ckpt", "*.safetensors", "*/*.safetensors"
-    job = Job.read(folder) if any(any(folder.glob(pattern)) for pattern in patterns) else None
+    job = Job.read(folder) if _trained(folder) else None
     if job is None:
         return
     job.check_same(settings.decisive(), folder, "hydra.run.dir")
-    if job.state is not State.finished and (folder / LAST_CHECKPOINT).is_file():
+    if job.state is not State.finished and (folder / LAST_CHECKPOINT).is_file() and not _restarted():
         do = f"go on with resume={folder}, or give another hydra.run.dir"
         raise UserError(folder, "holds a run that has not come to its end", do)
 
@@ -184,7 +184,19 @@ def _resumes(settings: TrainSettings, folder: Path) -> bool:
     if settings.resume is None:
         return False
     path = Path(settings.resume).resolve()
-    return folder.resolve() in (path, path.parent.parent)
+    return folder.resolve() == (path if path.is_dir() else path.parent.parent)
+
+
+def _restarted() -> bool:
+    """Whether a scheduler has started this very command again, to go on."""
+    counts = (os.environ.get(f"{name}_RESTART_COUNT", "0") for name in ("SLURM", "TORCHELASTIC"))
+    return any(count != "0" for count in counts)
+
+
+def _trained(folder: Path) -> dict[Path, int]:
+    """What training has left in `folder`, with the time at which it did."""
+    patterns = "checkpoints/*.ckpt", "*.safetensors", "*/*.safetensors"
+    return {path: path.stat().st_mtime_ns for pattern in patterns for path in folder.glob(pattern)}
 
 
 def _earlier(job: Job, folder: Path) -> Job | None:
@@ -201,8 +213,12 @@ def _earlier(job: Job, folder: Path) -> Job | None:
 
 @contextmanager
 def _noted(job: Job, folder: Path) -> Iterator[None]:
-    """Keeps the job's state in `folder`, from its beginning to its end."""
+    """Keeps the job's state in `folder`, from its beginning to its end.
+
+    A finished one's state comes back where this one ends before it has changed anything.
+    """
     start, ended = time.monotonic(), threading.Event()
+    before, trained = Job.read(folder), _trained(folder)
 
     def beat() -> None:
         while not ended.wait(_BEAT):
@@ -224,14 +240,18 @@ def _noted(job: Job, folder: Path) -> Iterator[None]:
     finally:
         ended.set()
         job.seconds = round(time.monotonic() - start, 1)
-        if first_process() and not _finished_by_another(job, folder):
-            job.write(folder)
+        if first_process():
+            unchanged = job.state is State.failed and _trained(folder) == trained
+            kept = before if unchanged and before is not None and before.state is State.finished else job
+            _by_another(job, folder, kept).write(folder)
 
 
-def _finished_by_another(job: Job, folder: Path) -> bool:
-    """Whether a process that `job` had begun came to the end, even if this one was told to stop meanwhile."""
+def _by_another(job: Job, folder: Path, else_: Job) -> Job:
+    """How a process that `job` had begun came to the end, even if this one was told to stop meanwhile."""
     held = Job.read(folder)
-    return held is not None and held.process != job.process and held.state is State.finished
+    if held is None or held.process == job.process or held.state is not State.finished:
+        return else_
+    return replace(held, settings=job.settings)
 
 
 def jobs(folder: Path) -> dict[str, Job]:
@@ -291,8 +311,10 @@ class Sweep:
 
     @classmethod
     def composed(cls, cfg: DictConfig) -> "Sweep":
-        """From the node ``hydra`` of a composed config."""
-        return cls.of(OmegaConf.to_container(cfg, resolve=False))
+        """From the node ``hydra`` of a composed config, whose sweeper resolves its own settings alone."""
+        found = cls.of(OmegaConf.to_container(cfg, resolve=False))
+        params = {name: cfg.sweeper.params[name] for name in found.params}
+        return replace(found, params=params)
 
     def jobs(self) -> dict[str, list[str]]:
         """The overrides of each job by its number. Raises HydraException for what is no override."""

@@ -54,7 +54,9 @@ class OwnFolder(Callback):
                 if name not in asked:
                     what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
                     raise UserError(folder, what, "give another hydra.sweep.dir")
-                known = not any("${hydra:" in one for one in asked[name])  # else the job itself looks
+                known = not any(
+                    "${hydra:" in one.replace("\\", "") for one in asked[name]
+                )  # else the job itself looks
                 if known and (job := Job.read(place)) is not None:
                     job.check_same(gate.composed(asked[name]).decisive(), place, "hydra.sweep.dir")
 

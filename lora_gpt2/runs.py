@@ -160,8 +160,11 @@ def _check_card(settings: GenerateSettings, source: str, card: str) -> None:
         raise UserError(source, what, f"leave model= out or use model={card}")
 
 
-def checkpoint_file(settings: TrainSettings) -> str | None:
-    """The checkpoint to go on from. Raises UserError when it is missing, cut short or of other settings."""
+def checkpoint_file(settings: TrainSettings, data: DataToText | None = None) -> str | None:
+    """The checkpoint to go on from.
+
+    Raises UserError when it is missing, cut short, of other settings or, where `data` is given, other rows.
+    """
     if settings.resume is None:
         return None
     path = find(settings.resume, str(LAST_CHECKPOINT))
@@ -175,9 +178,12 @@ def checkpoint_file(settings: TrainSettings) -> str | None:
     settings.check_goes_on(earlier if isinstance(earlier, dict) else {})
     for unit, most in (("global_step", "max_steps"), ("epoch", "max_epochs")):
         asked = settings.trainer.get(most)
-        if isinstance(asked, int) and 0 <= asked < (there := held.get(unit, 0)):
+        there = held.get(unit)
+        if isinstance(asked, int) and isinstance(there, int) and 0 <= asked < there:
             what = f"its {unit.replace('_', ' ')} is {there} already, trainer.{most} is {asked}"
             raise UserError(f"resume={settings.resume}", what, "give more, or leave it as it was")
+    if data is not None and isinstance(rows := held.get(type(data).__name__), dict):
+        data.load_state_dict(rows)
     return str(path)
 
 

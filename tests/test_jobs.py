@@ -185,14 +185,42 @@ def test_a_job_that_was_told_to_stop_is_cut_off_and_has_not_failed(tmp_path, set
 
 
 def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(tmp_path, settings, monkeypatch):
-    (tmp_path / "checkpoints").mkdir()
+    for place in ("checkpoints", "a/b"):
+        (tmp_path / place).mkdir(parents=True)
     (tmp_path / jobs.LAST_CHECKPOINT).touch()
     Job(settings.decisive(), State.running, "today").write(tmp_path)
     with pytest.raises(UserError, match="holds a run that has not come to its end; go on with resume="):
         jobs.check_unclaimed(tmp_path, settings)
     jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path)))
+    with pytest.raises(UserError, match="holds a job of other settings: resume None"):
+        jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path / "a" / "b")))
     monkeypatch.setenv("LOCAL_RANK", "1")
     jobs.check_unclaimed(tmp_path, settings)
+
+
+@pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
+def test_what_a_scheduler_starts_again_goes_on(tmp_path, settings, monkeypatch, variable):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / jobs.LAST_CHECKPOINT).touch()
+    Job(settings.decisive(), State.failed, "today").write(tmp_path)
+    monkeypatch.setenv(variable, "1")
+    jobs.check_unclaimed(tmp_path, settings)
+    work = Work()
+    jobs.run(settings, tmp_path, work, once=False)
+    assert work.resumed == [str(tmp_path)]
+
+
+def test_a_job_of_a_sweep_goes_on_from_its_own_checkpoint_and_not_from_where_it_began(
+    tmp_path, settings, monkeypatch
+):
+    monkeypatch.setattr("lora_gpt2.runs.checkpoint_file", lambda settings: settings.resume)
+    begun = replace(settings, resume="elsewhere")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / jobs.LAST_CHECKPOINT).touch()
+    work = Work()
+    for _ in range(2):
+        jobs.run(begun, tmp_path, work, once=True)
+    assert work.resumed == [str(tmp_path)], "once it is finished"
 
 
 def test_no_process_has_a_number_that_large(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from lora_gpt2 import cli, jobs, launch
 from lora_gpt2.errors import UserError
@@ -154,6 +155,29 @@ def test_overrides_that_are_none_are_told(tmp_path, main, override):
     note_sweep(tmp_path, ROOT, task=[override])
     told, _ = main(cli.main, "sweep", "status", tmp_path)
     assert f"{tmp_path / jobs.SWEEP_FILE}: does not tell of a sweep: " in told
+
+
+def test_a_sweep_s_values_may_come_from_the_environment(monkeypatch):
+    """Hydra's sweeper resolves them, and leaves the rest to the jobs."""
+    monkeypatch.setenv("SEEDS", "1,2")
+    noted = {
+        "overrides": {"hydra": [], "task": ["lora=qv"]},
+        "runtime": {"cwd": "."},
+        "sweeper": {"params": {"seed": "${oc.env:SEEDS}"}},
+    }
+    asked = jobs.Sweep.composed(OmegaConf.create(noted)).jobs()
+    assert asked == {"0": ["seed=1", "lora=qv"], "1": ["seed=2", "lora=qv"]}
+
+
+def test_a_sweep_whose_settings_name_its_folders_is_given_again(tmp_path, main):
+    for seed in (1, 2):
+        (tmp_path / str(seed - 1)).mkdir()
+        work = lambda *_: 1.5  # noqa: E731
+        jobs.run(settings_of("train", [f"seed={seed}"]), tmp_path / str(seed - 1), work, once=True)
+    own = "+trainer.default_root_dir=${hydra:runtime.output_dir}"
+    asked = ["-m", "seed=1,2", "dry_run=true"]
+    code, said = main(launch.main, *asked, own, f"hydra.sweep.dir={tmp_path}")
+    assert (code, said.count("corpus demo")) == (0, 2), said
 
 
 def test_a_refused_sweep_leaves_no_trace(tmp_path, main):

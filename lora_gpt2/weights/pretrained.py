@@ -48,7 +48,7 @@ def base_weights(
         if positions is not None:
             tensors[POSITION_TABLE] = positions[: config.n_positions]
         without_values(config.without_lora()).load_weight(tensors, may_be_missing)
-    except (RuntimeError, ValueError) as error:  # torch cannot even tell the size of some
+    except (RuntimeError, TypeError, ValueError) as error:  # torch cannot even tell the size of some
         raise UserError(path, f"does not fit model {card}: {error}", CHOOSE) from None
     return tensors
 
@@ -73,7 +73,9 @@ def build_base(
     """
     tensors = None if source is None else base_weights(config, source, card, tokenizer, may_be_missing)
     tables = config.padded_vocab_size + config.n_positions
-    needed = 4 * config.n_embd * (tables + 12 * config.n_layer * config.n_embd)  # its matrices in float32
+    ranks = sum(lora.rank for lora in config.lora_layers.values())
+    rows = tables + 12 * config.n_layer * config.n_embd + 2 * ranks  # at least, of n_embd float32 values
+    needed = 4 * rows * config.n_embd
     if needed > (most := installed()):
         what = f"takes {needed / 1e9:.1f} GB, this machine has {most / 1e9:.1f}"
         raise UserError(f"model {card}", what, "choose a smaller one (model=…)")

@@ -16,7 +16,7 @@ import torch
 from lightning import Callback
 from safetensors.torch import load_file
 
-from lora_gpt2 import jobs
+from lora_gpt2 import experiment, jobs
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
 from lora_gpt2.jobs import Job, State
@@ -216,8 +216,14 @@ def test_a_run_goes_on_over_its_own_rows(tmp_path, tiny, tiny_corpus):
         rows.write_text("".join(change(rows.read_text().splitlines(keepends=True))))
     again = [*tiny, "trainer.max_steps=2", f"resume={tmp_path / 'a'}"]
     train(tmp_path / "b", *again, f"data.root={tmp_path / 'moved'}")
+    other = settings_of("train", [*again, f"data.root={tmp_path / 'turned'}"])
+    finished = Job(settings_of("train", tiny).decisive(), State.finished, "today", valid_loss=1.5)
+    finished.write(tmp_path / "a")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"of a run over other rows, or in another order; give the corpus"):
-        train(tmp_path / "c", *again, f"data.root={tmp_path / 'turned'}")
+        jobs.run(other, tmp_path / "a", experiment.train, once=False)
+    after = {path: path.read_bytes() for path in (tmp_path / "a").rglob("*") if path.is_file()}
+    assert after == before, "it is the finished run that it was"
 
 
 def test_a_run_that_goes_on_takes_no_other_run_s_folder(tmp_path, tiny):

@@ -148,7 +148,8 @@ def test_a_difference_from_the_card_names_both_values(tmp_path, theirs, sizes, m
     ("size", "value", "fault"),
     [("n_layer", 10**18, "n_layer must be at most 1,000"), ("n_layer", 3, r"12 missing \(transformer.h.2"),
      ("n_embd", 10**8, "28 misshapen"), ("n_embd", 10**18, "does not fit"),
-     ("n_positions", 10**12, "1 misshapen"), ("vocab_size", 10**12, "1 misshapen")],
+     ("n_positions", 10**12, "1 misshapen"), ("vocab_size", 10**12, "1 misshapen"),
+     ("vocab_size", 2**70, "does not fit")],
 )  # fmt: skip
 def test_sizes_that_the_weights_do_not_have_take_no_memory(tmp_path, theirs, size, value, fault):
     """They stand in a folder's config.json, which anyone can write."""
