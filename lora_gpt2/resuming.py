@@ -25,6 +25,8 @@ class Verified:
 
     seconds: float
     """Of the run that nobody interrupted."""
+    lasts: float = 0.0
+    """Of the last one that came to its end, as long as the next may take."""
     trains_after: float = 0.0
     """How many of these passed before its training began."""
     steps: int = 0
@@ -55,7 +57,7 @@ def verify(overrides: Sequence[str], folder: Path, kills: int, seed: int = 0) ->
     if code := _start(command, whole).wait():
         raise _failed(whole, code)
     found = Verified(seconds=time() - start)
-    found.trains_after = (whole / runs.PROVENANCE_FILE).stat().st_mtime - start
+    _timed(found, whole, start)
     expected = runs.logged(whole, _COLUMN)
     found.steps = len(expected)
     if not expected or not _weights(whole):
@@ -83,10 +85,10 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
     begun = (place / LAST_CHECKPOINT).is_file()
     found.resumed += begun
     resume = [f"resume={launch.quoted(place)}"] if begun else []
-    process = _start([*command, *resume], place)
+    start, process = time(), _start([*command, *resume], place)
     enough = sum(found.kills.values()) >= kills
     try:
-        moment = random.uniform(0.9 * found.trains_after, found.seconds)  # seldom before there is anything
+        moment = random.uniform(0.9 * found.trains_after, found.lasts)  # seldom before there is anything
         code = process.wait(None if enough else moment)
     except subprocess.TimeoutExpired:
         how = KILLS[sum(found.kills.values()) % len(KILLS)]
@@ -99,7 +101,14 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
         return True
     if code:
         raise _failed(place, code)
+    _timed(found, place, start)
     return False
+
+
+def _timed(found: Verified, place: Path, start: float) -> None:
+    """Notes how long it took; one that had gone on from a checkpoint says less than half of it all."""
+    found.lasts = max(time() - start, found.lasts / 2)
+    found.trains_after = (place / runs.PROVENANCE_FILE).stat().st_mtime - start
 
 
 def _failed(place: Path, code: int) -> UserError:
