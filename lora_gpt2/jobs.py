@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import first_process, read_json, read_text, write_json
-from lora_gpt2.settings import TrainSettings, differences
+from lora_gpt2.settings import LAST_CHECKPOINT, TrainSettings, differences
 from lora_gpt2.signals import Stopped
 
 STATUS_FILE = "status.json"
@@ -29,9 +29,6 @@ SWEEP_FILE = "multirun.yaml"
 
 SEARCH_FILE = "search.journal"
 """What Optuna notes in a search's folder."""
-
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
-"""From where a run goes on, in its folder."""
 
 _BEAT = 60.0
 """A running job touches its file every so many seconds."""

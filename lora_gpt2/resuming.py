@@ -11,7 +11,7 @@ from time import time
 
 from lora_gpt2 import launch, runs
 from lora_gpt2.errors import UserError
-from lora_gpt2.jobs import LAST_CHECKPOINT
+from lora_gpt2.settings import LAST_CHECKPOINT
 
 KILLS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 """How a run is interrupted, in turn: half of the times so that it has no time for anything."""

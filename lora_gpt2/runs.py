@@ -22,11 +22,10 @@ from lora_gpt2.data.module import DataToText
 from lora_gpt2.data.tokenizer import MERGES_FILES, Tokenizer
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import write_json
-from lora_gpt2.jobs import LAST_CHECKPOINT
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
 from lora_gpt2.model.settings import LoraSettings, Precision, gpt2_config
-from lora_gpt2.settings import GenerateSettings, Keep, TrainSettings
+from lora_gpt2.settings import LAST_CHECKPOINT, GenerateSettings, Keep, TrainSettings
 from lora_gpt2.training.callbacks import BestCheckpoints
 from lora_gpt2.training.module import LanguageModeling
 from lora_gpt2.training.together import AdaptersTogether

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from lora_gpt2.data.config import DataSettings
@@ -15,6 +16,9 @@ from lora_gpt2.training.config import OptimizerSettings, Schedule, listed
 
 TOGETHER = {"lora.rank": int, "lora.alpha": float, "lora.dropout": float, "optimizer.lr": float, "seed": int}
 """Settings of training that may be lists, a value for each of several adapters over one base."""
+
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+"""From where a run goes on, in its folder."""
 
 WITHOUT_EFFECT = (
     "logger.",

@@ -12,6 +12,7 @@ import pytest
 from lora_gpt2 import jobs
 from lora_gpt2.errors import UserError
 from lora_gpt2.jobs import Job, State
+from lora_gpt2.settings import LAST_CHECKPOINT
 from lora_gpt2.signals import Stopped
 from tests.conftest import settings_of
 
@@ -187,7 +188,7 @@ def test_a_job_that_was_told_to_stop_is_cut_off_and_has_not_failed(tmp_path, set
 def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(tmp_path, settings, monkeypatch):
     for place in ("checkpoints", "a/b"):
         (tmp_path / place).mkdir(parents=True)
-    (tmp_path / jobs.LAST_CHECKPOINT).touch()
+    (tmp_path / LAST_CHECKPOINT).touch()
     Job(settings.decisive(), State.running, "today").write(tmp_path)
     with pytest.raises(UserError, match="holds a run that has not come to its end; go on with resume="):
         jobs.check_unclaimed(tmp_path, settings)
@@ -201,7 +202,7 @@ def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(tmp_path, 
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
 def test_what_a_scheduler_starts_again_goes_on(tmp_path, settings, monkeypatch, variable):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / jobs.LAST_CHECKPOINT).touch()
+    (tmp_path / LAST_CHECKPOINT).touch()
     Job(settings.decisive(), State.failed, "today").write(tmp_path)
     monkeypatch.setenv(variable, "1")
     jobs.check_unclaimed(tmp_path, settings)
@@ -216,7 +217,7 @@ def test_a_job_of_a_sweep_goes_on_from_its_own_checkpoint_and_not_from_where_it_
     monkeypatch.setattr("lora_gpt2.runs.checkpoint_file", lambda settings: settings.resume)
     begun = replace(settings, resume="elsewhere")
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / jobs.LAST_CHECKPOINT).touch()
+    (tmp_path / LAST_CHECKPOINT).touch()
     work = Work()
     for _ in range(2):
         jobs.run(begun, tmp_path, work, once=True)

@@ -196,12 +196,21 @@ def test_progress_says_loss_rate_speed_and_time_left(tmp_path, tiny, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [("seed=7", "belongs to another base"), ("model.n_embd=32", "is of another model"),
+     ("optimizer.lora_plus_ratio=4", "has optimizer.lora_plus_ratio 1, here it is 4"),
      ("lora.rank=2", r"lora_attn_dim 4 \(here 2\)"), ("lora.alpha=1", r"lora_attn_alpha 32.0 \(here 1.0\)")],
 )  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, tiny, change, message):
+    """By its settings; those of earlier versions, which say none, by what they hold."""
     train(tmp_path / "one", *tiny, "lora=qv", "trainer.max_steps=1")
+    again = [*tiny, "lora=qv", change, f"resume={tmp_path / 'one'}"]
+    with pytest.raises(UserError, match=f"goes on from a run of other settings: .*{change.split('=')[0]} "):
+        train(tmp_path / "two", *again)
+    last = tmp_path / "one" / "checkpoints" / "last.ckpt"
+    held = torch.load(last, weights_only=True)
+    del held["settings"]
+    torch.save(held, last)
     with pytest.raises(UserError, match=message):
-        train(tmp_path / "two", *tiny, "lora=qv", change, f"resume={tmp_path / 'one'}")
+        train(tmp_path / "two", *again)
 
 
 def test_a_truncated_checkpoint_is_refused(tmp_path, tiny):

@@ -81,21 +81,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, tiny, lora, extra):
         assert all(torch.equal(got[name], expected[name]) for name in expected), step
 
 
-@pytest.mark.parametrize(
-    ("source", "more", "message"),
-    [
-        ("a", ["optimizer.lora_plus_ratio=4"], "has optimizer.lora_plus_ratio 1, here it is 4"),
-        (
-            "a/adapter.safetensors",
-            [],
-            "holds no state of a run|could not be read as plain tensors|is no file of plain tensors",
-        ),
-    ],
-)
-def test_what_cannot_be_resumed_is_named(tmp_path, tiny, source, more, message):
+def test_what_cannot_be_resumed_is_named(tmp_path, tiny):
     train(tmp_path / "a", *tiny, "lora=qv", "trainer.max_steps=1")
-    with pytest.raises(UserError, match=message):
-        train(tmp_path / "b", *tiny, "lora=qv", *more, f"resume={tmp_path / source}")
+    with pytest.raises(UserError, match=r"adapter.safetensors: is no checkpoint of this version"):
+        train(tmp_path / "b", *tiny, "lora=qv", f"resume={tmp_path / 'a' / 'adapter.safetensors'}")
 
 
 @pytest.mark.parametrize("change", [{"loops": {}}, {"optimizer_states": 3}, {"config": 5}], ids=str)
