@@ -1,6 +1,8 @@
 """The one exception that a user sees without a traceback."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -15,3 +17,9 @@ class UserError(ValueError):
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str]]:
         return type(self), (self.where, self.what, self.do)
+
+
+def differences(theirs: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Those of the settings `names` that differ, each with both values, as a UserError tells them."""
+    pairs = ((name, theirs.get(name), here.get(name)) for name in names)
+    return [f"{name} {one} (here {other})" for name, one, other in pairs if one != other]

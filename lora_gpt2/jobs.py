@@ -1,34 +1,23 @@
-"""Training runs as jobs: the state that each keeps in its folder, and what a sweep has of them."""
+"""Training runs as jobs: the state that each keeps in its folder, and what may be done there."""
 
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]  # omegaconf's own
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-
-from lora_gpt2.errors import UserError
-from lora_gpt2.files import first_process, read_json, read_text, write_json
-from lora_gpt2.settings import LAST_CHECKPOINT, TrainSettings, differences
+from lora_gpt2.errors import UserError, differences
+from lora_gpt2.files import first_process, read_json, write_json
+from lora_gpt2.settings import LAST_CHECKPOINT, TrainSettings
 from lora_gpt2.signals import Stopped
 
 STATUS_FILE = "status.json"
-SWEEP_FILE = "multirun.yaml"
-"""What Hydra leaves in a sweep's folder."""
-
-SEARCH_FILE = "search.journal"
-"""What Optuna notes in a search's folder."""
 
 _BEAT = 60.0
 """A running job touches its file every so many seconds."""
@@ -102,7 +91,7 @@ class Job:
 
         `place`: the setting by which another folder is given.
         """
-        if differing := differences(self.settings, {**dict.fromkeys(self.settings), **settings}):
+        if differing := differences(self.settings, settings, sorted(self.settings.keys() | settings.keys())):
             what = f"holds a job of other settings: {', '.join(differing)}"
             raise UserError(folder, what, f"give another {place}")
 
@@ -210,10 +199,7 @@ def _earlier(job: Job, folder: Path) -> Job | None:
 
 @contextmanager
 def _noted(job: Job, folder: Path) -> Iterator[None]:
-    """Keeps the job's state in `folder`, from its beginning to its end.
-
-    A finished one's state comes back where this one ends before it has changed anything.
-    """
+    """Keeps the job's state in `folder`, from its beginning to its end."""
     start, ended = time.monotonic(), threading.Event()
     before, trained = Job.read(folder), _trained(folder)
 
@@ -238,17 +224,21 @@ def _noted(job: Job, folder: Path) -> Iterator[None]:
         ended.set()
         job.seconds = round(time.monotonic() - start, 1)
         if first_process():
-            unchanged = job.state is State.failed and _trained(folder) == trained
-            kept = before if unchanged and before is not None and before.state is State.finished else job
-            _by_another(job, folder, kept).write(folder)
+            untouched = _trained(folder) == trained
+            _in_the_end(job, before if untouched else None, Job.read(folder)).write(folder)
 
 
-def _by_another(job: Job, folder: Path, else_: Job) -> Job:
-    """How a process that `job` had begun came to the end, even if this one was told to stop meanwhile."""
-    held = Job.read(folder)
-    if held is None or held.process == job.process or held.state is not State.finished:
-        return else_
-    return replace(held, settings=job.settings)
+def _in_the_end(job: Job, before: Job | None, now: Job | None) -> Job:
+    """What the folder is to tell of `job`, when it held `before` and holds `now`.
+
+    A process that it had begun may have finished it, even if this one was told to stop meanwhile. And if it
+    failed with nothing changed, what was finished there still is.
+    """
+    if now is not None and now.process != job.process and now.state is State.finished:
+        return replace(now, settings=job.settings)
+    if job.state is State.failed and before is not None and before.state is State.finished:
+        return before
+    return job
 
 
 def jobs(folder: Path) -> dict[str, Job]:
@@ -279,85 +269,3 @@ def adapters(folder: Path) -> dict[Path, Job]:
 def finished(found: Mapping[str, Job]) -> int:
     """How many have come to their end."""
     return sum(job.state is State.finished for job in found.values())
-
-
-@dataclass
-class Sweep:
-    """What a sweep was asked for, in the words of its command line: nothing in them is resolved."""
-
-    task: list[str]
-    """The overrides of the training."""
-    hydra: list[str]
-    """Those of Hydra's own settings."""
-    cwd: str
-    """The folder it was begun in."""
-    params: dict[str, Any] = field(default_factory=dict)
-    """What its sweeper adds: the values to go through, by the setting's name."""
-
-    @classmethod
-    def of(cls, hydra: Any) -> "Sweep":
-        """From the node ``hydra`` as Hydra composed or noted it. Raises KeyError or TypeError for another."""
-        overrides, params = hydra["overrides"], hydra["sweeper"]["params"]
-        found = cls(overrides["task"], overrides["hydra"], hydra["runtime"]["cwd"], params or {})
-        lists = found.task, found.hydra, found.params
-        if [*map(type, lists)] != [list, list, dict]:
-            raise TypeError
-        if not all(isinstance(text, str) for text in (*found.task, *found.hydra, found.cwd)):
-            raise TypeError
-        return found
-
-    @classmethod
-    def composed(cls, cfg: DictConfig) -> "Sweep":
-        """From the node ``hydra`` of a composed config, whose sweeper resolves its own settings alone."""
-        found = cls.of(OmegaConf.to_container(cfg, resolve=False))
-        params = {name: cfg.sweeper.params[name] for name in found.params}
-        return replace(found, params=params)
-
-    def jobs(self) -> dict[str, list[str]]:
-        """The overrides of each job by its number. Raises HydraException for what is no override."""
-        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-
-        given = [f"{name}={values}" for name, values in self.params.items()]
-        batches = BasicSweeper.split_arguments(parsed([*given, *self.task]), None)
-        each = [overrides for batch in batches for overrides in batch]
-        return {str(number): overrides for number, overrides in enumerate(each)}
-
-
-def sweep_of(folder: Path) -> Sweep:
-    """What Hydra noted of a sweep. Raises UserError where the folder is none."""
-    path, do = folder / SWEEP_FILE, "give the folder of a sweep: outputs/sweeps/…"
-    if (folder / SEARCH_FILE).is_file():
-        raise UserError(folder, "is a search, no sweep", "give the same lora-gpt2 sweep search again")
-    if not path.is_file():
-        raise UserError(path, "there is no such file", do)
-    try:
-        return Sweep.of(yaml.safe_load(read_text(path, do))["hydra"])
-    except (KeyError, RecursionError, TypeError, ValueError, yaml.YAMLError):
-        raise UserError(path, "does not tell of a sweep", do) from None
-
-
-def planned(folder: Path) -> dict[str, list[str]]:
-    """The overrides of each job of a sweep or a search, in their order, by the names of their folders."""
-    if not (folder / SWEEP_FILE).is_file():
-        return {name: _overrides(folder / name) for name in jobs(folder)}
-    try:
-        return sweep_of(folder).jobs()
-    except HydraException as error:
-        fault = str(error).splitlines()[0]
-        raise UserError(folder / SWEEP_FILE, f"does not tell of a sweep: {fault}", "give another") from None
-
-
-def parsed(overrides: Iterable[str]) -> list[Override]:
-    """Raises HydraException for what is no override."""
-    return OverridesParser.create().parse_overrides(list(overrides))
-
-
-def _overrides(place: Path) -> list[str]:
-    """What Hydra noted of one job. Raises UserError for a file that is not so."""
-    path, do = place / ".hydra" / "overrides.yaml", "remove it: the job's settings are not shown then"
-    if not path.is_file():
-        return []
-    try:
-        return list(map(str, yaml.safe_load(read_text(path, do))))
-    except (RecursionError, TypeError, ValueError, yaml.YAMLError):
-        raise UserError(path, "holds no list of overrides", do) from None

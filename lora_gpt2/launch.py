@@ -18,9 +18,10 @@ from omegaconf import DictConfig, open_dict
 from lora_gpt2 import gate
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
-from lora_gpt2.jobs import STATUS_FILE, Job, Sweep, check_unclaimed, parsed, run, sweep_of
+from lora_gpt2.jobs import STATUS_FILE, Job, check_unclaimed, run
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.signals import wait_for
+from lora_gpt2.sweeps import Sweep, parsed
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def _train(settings: TrainSettings, folder: Path) -> float | None:
 
 def _name_for_dashboards(here: HydraConf) -> None:
     """W&B takes these where the settings name no group and no run."""
-    given = parsed(sweep_of(Path(here.sweep.dir)).task)
+    given = parsed(Sweep.read(Path(here.sweep.dir)).task)
     of_all = {one.get_key_element() for one in given if not one.is_sweep_override()}
     own = [one for one in parsed(here.overrides.task) if one.get_key_element() not in of_all]
     os.environ["WANDB_RUN_GROUP"] = Path(here.sweep.dir).name

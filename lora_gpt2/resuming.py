@@ -106,7 +106,7 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
 
 
 def _timed(found: Verified, place: Path, start: float) -> None:
-    """Notes how long it took; one that had gone on from a checkpoint says less than half of it all."""
+    """Notes how long it took, or half of the last time: one that goes on from a checkpoint is short."""
     found.lasts = max(time() - start, found.lasts / 2)
     found.trains_after = (place / runs.PROVENANCE_FILE).stat().st_mtime - start
 

@@ -13,13 +13,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from lora_gpt2 import jobs, launch
+from lora_gpt2 import launch
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import locked
-from lora_gpt2.jobs import SEARCH_FILE, Job, State
+from lora_gpt2.jobs import Job, State
 from lora_gpt2.reporting import sweep
 from lora_gpt2.reporting.sweep import FALLING, LOSS
 from lora_gpt2.signals import wait_for
+from lora_gpt2.sweeps import SEARCH_FILE, parsed
 
 _STUDY = "search"
 
@@ -114,11 +115,11 @@ class Space(NamedTuple):
 def _parsed(overrides: Sequence[str]) -> tuple[list[str], dict[str, Space]]:
     """What every trial has, and what is searched."""
     try:
-        parsed = jobs.parsed(overrides)
+        given = parsed(overrides)
     except HydraException as error:
         raise UserError("search", str(error).splitlines()[0], "see python train.py --help") from None
     spaces = {
-        one.key_or_group: Space(str(one.input_line), _space(one)) for one in parsed if one.is_sweep_override()
+        one.key_or_group: Space(str(one.input_line), _space(one)) for one in given if one.is_sweep_override()
     }
     trial = optuna.create_study().ask()
     for space in spaces.values():
@@ -129,7 +130,7 @@ def _parsed(overrides: Sequence[str]) -> tuple[list[str], dict[str, Space]]:
     if not spaces:
         do = "write e.g. lora.rank=choice(1,2,4) 'optimizer.lr=tag(log,interval(1e-5,1e-3))'"
         raise UserError("search", "nothing is to be searched", do)
-    return [str(one.input_line) for one in parsed if not one.is_sweep_override()], spaces
+    return [str(one.input_line) for one in given if not one.is_sweep_override()], spaces
 
 
 def _space(override: Override) -> Callable[[optuna.trial.BaseTrial], Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_gpt2.data.config import DataSettings
 from lora_gpt2.decoding.config import DecodingSettings
-from lora_gpt2.errors import UserError
+from lora_gpt2.errors import UserError, differences
 from lora_gpt2.model.config import LoraBias
 from lora_gpt2.model.settings import LoraSettings, ModelSettings, Precision
 from lora_gpt2.training.config import OptimizerSettings, Schedule, listed
@@ -129,8 +129,9 @@ class TrainSettings:
 
     def check_goes_on(self, earlier: Mapping[str, Any]) -> None:
         """Raises UserError where a run whose `decisive` settings were `earlier` cannot go on with these."""
-        now = {name: value for name, value in self.decisive().items() if name.startswith(_SETTLED)}
-        if fixed := differences(earlier, {name: value for name, value in now.items() if name in earlier}):
+        now = self.decisive()
+        settled = sorted(name for name in now if name in earlier and name.startswith(_SETTLED))
+        if fixed := differences(earlier, now, settled):
             what = f"goes on from a run of other settings: {', '.join(fixed)}"
             do = "leave these as they were, or start anew with base="
             raise UserError(f"resume={self.resume}", what, do)
@@ -216,15 +217,6 @@ class GenerateSettings:
         if self.split not in ("train", "valid", "test"):
             raise ValueError(f"split must be train, valid or test, not {self.split}")
         _check_limit_and_seed(self.limit, self.seed)
-
-
-def differences(earlier: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Each of the settings `here` that was another `earlier`: its name and both values."""
-    return [
-        f"{name} {earlier.get(name)} (here {value})"
-        for name, value in sorted(here.items())
-        if earlier.get(name) != value
-    ]
 
 
 def _check_limit_and_seed(limit: int | None, seed: Any) -> None:

@@ -34,10 +34,10 @@ SweepFolder = Annotated[Path, typer.Argument(help="Folder of the sweep: outputs/
 @app.command()
 def status(folder: SweepFolder) -> None:
     """List the jobs: which are finished, running, failed, or not begun."""
-    from lora_gpt2 import jobs
+    from lora_gpt2 import jobs, sweeps
     from lora_gpt2.reporting import sweep
 
-    planned, found = jobs.planned(folder), jobs.jobs(folder)
+    planned, found = sweeps.planned(folder), jobs.jobs(folder)
     of_all = set.intersection(*map(set, planned.values())) if len(planned) > 1 else set()
     lines = []
     for name, overrides in planned.items():
@@ -51,14 +51,15 @@ def status(folder: SweepFolder) -> None:
 @app.command()
 def resume(folder: SweepFolder) -> None:
     """Run what is not finished; a job that was cut off goes on from its last checkpoint."""
-    from lora_gpt2 import jobs, launch
+    from lora_gpt2 import launch
+    from lora_gpt2.sweeps import SWEEP_FILE, Sweep
 
-    noted = jobs.sweep_of(folder)
+    noted = Sweep.read(folder)
     overrides = [*noted.hydra, *noted.task]
     again = f"give the sweep's own command again with hydra.sweep.dir={folder}"
     for override in filter(_asks_for_more, overrides):
         what = f"asks for {override}, which is not done at a file's word"
-        raise UserError(folder / jobs.SWEEP_FILE, what, f"if you wrote it, {again}")
+        raise UserError(folder / SWEEP_FILE, what, f"if you wrote it, {again}")
     if Path(noted.cwd).resolve() != Path.cwd().resolve():
         what = f"was begun in {noted.cwd}, from where its paths are meant"
         raise UserError(folder, what, f"go there first, or {again}")
@@ -71,12 +72,12 @@ def _asks_for_more(override: str) -> bool:
     """Whether it asks for anything but a value of a training's setting, or an option that comes with us."""
     from hydra.errors import HydraException
 
-    from lora_gpt2 import jobs
+    from lora_gpt2.sweeps import parsed
 
     if _HARMLESS.fullmatch(override):
         return False
     try:
-        (one,) = jobs.parsed([override])
+        (one,) = parsed([override])
     except HydraException:  # a flag of the command line
         return True
     first = re.split("[./]", one.key_or_group)[0]
@@ -125,7 +126,7 @@ def table(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Compare what is finished: means and standard deviations over seeds, the best first."""
-    from lora_gpt2 import jobs
+    from lora_gpt2 import jobs, sweeps
     from lora_gpt2.reporting import sweep
 
     finished = {place: job.settings for place, job in jobs.adapters(folder).items()}
@@ -139,6 +140,6 @@ def table(
         others = sorted(sweep.INPUTS.intersection(*[point.settings for point in found]))
         if others:
             typer.echo(f"not all were scored on the same inputs: they differ in {', '.join(others)}")
-        planned = len(jobs.planned(folder)) if (folder / jobs.SWEEP_FILE).is_file() else 0
+        planned = len(sweeps.planned(folder)) if (folder / sweeps.SWEEP_FILE).is_file() else 0
         if (done := jobs.finished(jobs.jobs(folder))) < planned:
             typer.echo(f"{done} of {planned} are finished")

@@ -55,7 +55,8 @@ def targets() -> dict[str, tuple[str, Read, list[bytes]]]:
     from lora_gpt2.data.tokenizer import load_tokenizer, train_tokenizer
     from lora_gpt2.evaluation.text_files import read_predictions, read_references
     from lora_gpt2.files import read_json
-    from lora_gpt2.jobs import SWEEP_FILE, Job, planned
+    from lora_gpt2.jobs import Job
+    from lora_gpt2.sweeps import SWEEP_FILE, planned
     from lora_gpt2.weights.store import read_pickle, read_weights
 
     held = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(1, dtype=torch.bfloat16)}

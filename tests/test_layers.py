@@ -25,6 +25,7 @@ LAYERS = [
     {"costs"},
     {"experiment", "conversion", "plan"},
     {"demo", "jobs"},
+    {"sweeps"},
     {"launch"},
     {"search", "report", "resuming"},
     {"playground", "adapter_cli", "sweep_cli"},

@@ -16,6 +16,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.gate import register
 from lora_gpt2.jobs import Job, State
 from lora_gpt2.reporting import sweep
+from lora_gpt2.sweeps import SWEEP_FILE, Sweep
 from tests.conftest import ROOT, settings_of, train
 
 
@@ -90,7 +91,7 @@ def note_sweep(folder: Path, cwd: Path, hydra: Sequence[str] = (), task: Sequenc
         "runtime": {"cwd": str(cwd)},
         "sweeper": {"params": None},
     }
-    (folder / jobs.SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
+    (folder / SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
 
 
 @pytest.mark.parametrize(
@@ -145,16 +146,16 @@ def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
 )  # fmt: skip
 @pytest.mark.parametrize("asked", ["resume", "status"])
 def test_a_file_that_tells_of_no_sweep_is_told(tmp_path, main, text, asked):
-    (tmp_path / jobs.SWEEP_FILE).write_text(text)
+    (tmp_path / SWEEP_FILE).write_text(text)
     told, _ = main(cli.main, "sweep", asked, tmp_path)
-    assert f"{tmp_path / jobs.SWEEP_FILE}: does not tell of a sweep" in told
+    assert f"{tmp_path / SWEEP_FILE}: does not tell of a sweep" in told
 
 
 @pytest.mark.parametrize("override", ["seed=[", "-x", "lora.rank=interval(1,2)"])
 def test_overrides_that_are_none_are_told(tmp_path, main, override):
     note_sweep(tmp_path, ROOT, task=[override])
     told, _ = main(cli.main, "sweep", "status", tmp_path)
-    assert f"{tmp_path / jobs.SWEEP_FILE}: does not tell of a sweep: " in told
+    assert f"{tmp_path / SWEEP_FILE}: does not tell of a sweep: " in told
 
 
 def test_a_sweep_s_values_may_come_from_the_environment(monkeypatch):
@@ -165,7 +166,7 @@ def test_a_sweep_s_values_may_come_from_the_environment(monkeypatch):
         "runtime": {"cwd": "."},
         "sweeper": {"params": {"seed": "${oc.env:SEEDS}"}},
     }
-    asked = jobs.Sweep.composed(OmegaConf.create(noted)).jobs()
+    asked = Sweep.composed(OmegaConf.create(noted)).jobs()
     assert asked == {"0": ["seed=1", "lora=qv"], "1": ["seed=2", "lora=qv"]}
 
 

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_gpt2.errors import differences
 from lora_gpt2.files import read_json
 
 PROJECTIONS = ("q", "k", "v")
@@ -184,8 +185,7 @@ class GPT2Config:
 
     def differences(self, here: "GPT2Config", names: Iterable[str]) -> list[str]:
         """Those of the settings `names` that differ, with both values."""
-        own, other = self.to_dict(), here.to_dict()
-        return [f"{name} {own[name]} (here {other[name]})" for name in names if own[name] != other[name]]
+        return differences(self.to_dict(), here.to_dict(), names)
 
     def without_lora(self) -> "GPT2Config":
         """The same sizes, nothing adapted."""

@@ -20,6 +20,7 @@ from lora_gpt2.jobs import Job
 from lora_gpt2.report import coverage, pictures
 from lora_gpt2.report.entries import Entry, best_of, compare, entries_of, metrics_of, names_of, over_seeds
 from lora_gpt2.reporting import sweep
+from lora_gpt2.sweeps import SEARCH_FILE, planned
 from lora_gpt2.weights.adapter import holds_adapter
 from lora_gpt2.weights.analysis import analyse
 
@@ -74,7 +75,7 @@ def _between(folder: Path, listed: Mapping[Path, Job]) -> bool:
     """Whether a sweep that has jobs to begin was at work a moment ago."""
     if (folder / jobs.STATUS_FILE).is_file():
         return False
-    left = len(jobs.planned(folder)) > len(listed) or (folder / jobs.SEARCH_FILE).is_file()
+    left = len(planned(folder)) > len(listed) or (folder / SEARCH_FILE).is_file()
     return left and time.time() - max(job.seen for job in listed.values()) < _BETWEEN
 
 

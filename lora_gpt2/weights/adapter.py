@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.model.language_model import GPT2LMModel
-from lora_gpt2.weights.pretrained import build_base, without_values
+from lora_gpt2.weights.pretrained import build_base, check_fit
 from lora_gpt2.weights.store import (
     ADAPTER_FILE,
     WHICH_FILE,
@@ -76,8 +76,8 @@ def open_adapter(source: str | Path, base: str | None = None) -> tuple[GPT2LMMod
     config, lacking = about.gpt2_config, about.base_may_lack
     tensors = read_weights(path)[1]
     try:  # before a base of such sizes, drawn at random perhaps, takes memory
-        without_values(config).load_weight(tensors)
-    except (RuntimeError, TypeError, ValueError) as error:  # torch cannot even tell the size of some
+        check_fit(config, tensors)
+    except ValueError as error:
         raise UserError(path, f"does not fit what it says of itself: {error}", WHICH_FILE) from None
     model = build_base(config, where, about.card, about.tokenizer, about.seed, lacking)
     _load(model, path, about, tensors)

@@ -1,6 +1,6 @@
 """Bases to adapt: a model of ours, a GPT-2 folder or file, or a name on the hub."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -47,16 +47,20 @@ def base_weights(
         positions = tensors.get(POSITION_TABLE)
         if positions is not None:
             tensors[POSITION_TABLE] = positions[: config.n_positions]
-        without_values(config.without_lora()).load_weight(tensors, may_be_missing)
-    except (RuntimeError, TypeError, ValueError) as error:  # torch cannot even tell the size of some
+        check_fit(config.without_lora(), tensors, may_be_missing)
+    except (RuntimeError, ValueError) as error:  # torch compares no tensors of two types
         raise UserError(path, f"does not fit model {card}: {error}", CHOOSE) from None
     return tensors
 
 
-def without_values(config: GPT2Config) -> GPT2LMModel:
-    """The model of these sizes in no memory, to compare names and shapes with."""
-    with torch.device("meta"):
-        return GPT2LMModel(config)
+def check_fit(config: GPT2Config, tensors: Mapping[str, Tensor], may_be_missing: Sequence[str] = ()) -> None:
+    """Raises ValueError where `GPT2LMModel.load_weight` would, for a model of any sizes, in no memory."""
+    try:
+        with torch.device("meta"):
+            model = GPT2LMModel(config)
+        model.load_weight(tensors, may_be_missing)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"torch has no tensors of its sizes ({error})") from None
 
 
 def build_base(
