@@ -55,10 +55,8 @@ class OwnFolder(Callback):
                 if name not in asked:
                     what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
                     raise UserError(folder, what, "give another hydra.sweep.dir")
-                known = not any(
-                    "${hydra:" in one.replace("\\", "") for one in asked[name]
-                )  # else the job itself looks
-                if known and (job := Job.read(place)) is not None:
+                asks_hydra = any("${hydra:" in one.replace("\\", "") for one in asked[name])
+                if not asks_hydra and (job := Job.read(place)) is not None:  # else the job itself looks
                     job.check_same(gate.composed(asked[name]).decisive(), place, "hydra.sweep.dir")
 
 
