@@ -230,7 +230,7 @@ class Search:
         """One continuation of each beam, by chance."""
         queries, alive = beams.running.shape
         count = self.settings.beam_size
-        at = beams.lengths.clamp(max=self.settings.eval_len - 1)[:, None, None].expand(-1, count, 1)
+        at = beams.lengths[:, None, None].expand(-1, count, 1)
         uniform = beams.chances.gather(2, at).view(queries * alive, -1)  # several for the first token
         found = []
         for rows, part in self._parts(beams, hidden):

@@ -70,6 +70,34 @@ def test_every_phrase_is_in_the_output(model, seed):
         assert output.score == pytest.approx(total, rel=1e-4)
 
 
+def test_where_nothing_is_pruned_the_outputs_are_the_best_that_hold_their_phrases(model):
+    """As many beams as tokens, and two steps. [1, 2, 3] cannot be said: the best that do not end anyway."""
+    phrases = [[[3]], [[5, 6]], [], [[7], [8]], [[1, 2, 3]], [[END]]]
+    contexts = [[1], [2, 3], [4], [5, 6], [7], [8]]
+    settings = DecodingSettings(beam_size=VOCAB, n_best=2, no_repeat_ngram_size=0, eval_len=2, batch_size=3)
+    for context, own, outputs in zip(
+        contexts, phrases, decode(model, contexts, settings, [END], phrases), strict=True
+    ):
+        scores = scores_of_two_steps(model, context, settings.length_penalty)
+        holding = [tokens for tokens in scores if all(holds([*tokens], phrase) for phrase in own)]
+        allowed = holding or [tokens for tokens in scores if END not in tokens]
+        best = sorted(allowed, key=lambda tokens: -scores[tokens])[:2]
+        assert [(*output.tokens,) for output in outputs] == best
+        assert [output.score for output in outputs] == pytest.approx([scores[one] for one in best], rel=1e-4)
+
+
+def scores_of_two_steps(
+    model: GPT2LMModel, context: list[int], penalty: float
+) -> dict[tuple[int, ...], float]:
+    """Of every output of the end token, or of another and any token behind it."""
+    with torch.no_grad():
+        inputs = torch.tensor([[*context, token] for token in range(VOCAB)])
+        log_probs = model(inputs)[0][:, -2:].log_softmax(dim=-1)  # (first token, step, token)
+    sums = log_probs[:, 0].diagonal()[:, None] + log_probs[:, 1]
+    pairs = {(a, b): sums[a, b].item() / 2**penalty for a in range(VOCAB) for b in range(VOCAB) if a != END}
+    return {(END,): log_probs[0, 0, END].item(), **pairs}
+
+
 def test_what_cannot_be_said_in_time_is_left_out(model):
     settings = DecodingSettings(beam_size=4, eval_len=2)
     ((output, *_),) = decode(model, [[3, 4]], settings, [END], [[[1, 2, 3, 4]]])
