@@ -8,8 +8,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from lora_gpt2 import gate
-from lora_gpt2.files import locked
+from lora_gpt2.files import first_process, locked
 from lora_gpt2.settings import GenerateSettings
+from lora_gpt2.signals import end_with_parent
 
 gate.register()
 
@@ -28,5 +29,7 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    if not first_process():
+        end_with_parent()
     with gate.told_in_a_line("generate"):
         main()

@@ -117,7 +117,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, OmegaConfBaseException) as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(str(error)) from error
 
 
 @contextmanager

@@ -80,7 +80,8 @@ class Job:
 
     def told(self) -> list[str]:
         """Its state, validation loss, minutes and fault, as a table shows them."""
-        stopped = self.state is State.failed and (self.error or "").startswith(Stopped.__name__)
+        stops = Stopped.__name__, KeyboardInterrupt.__name__
+        stopped = self.state is State.failed and (self.error or "").startswith(stops)
         cut_off = stopped or (self.state is State.running and not self.alive)
         loss = "" if self.valid_loss is None else f"{self.valid_loss:.4f}"
         minutes = f"{self.seconds / 60:.1f}" if self.seconds else ""
@@ -106,7 +107,7 @@ class Job:
         path = folder / STATUS_FILE
         if not path.is_file():
             return None
-        do = "remove it: the job goes on from its last checkpoint, if it has one"
+        do = f"remove it: a sweep's job goes on by itself then, a run with resume={folder}"
         held = read_json(path, do)
         try:
             held.pop("key", None)  # earlier versions' hash of the settings
@@ -128,19 +129,18 @@ def run(
     """
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     decisive = settings.decisive()
-    if _resumes(settings, folder):
-        decisive["resume"] = None  # still the same job
+    if _resumes(settings, folder):  # still the same job
+        begun = Job.read(folder)
+        decisive["resume"] = None if begun is None else begun.settings.get("resume")
     job = Job(decisive, State.running, started, process=os.getpid(), host=socket.gethostname())
     earlier = _earlier(job, folder) if once else None
     if earlier is not None and earlier.state is State.finished:
         print(f"{folder} is finished already: nothing to do")
         return earlier.valid_loss
-    if settings.resume is not None:  # before a word of it is noted
-        from lora_gpt2 import runs  # so late that a wrong setting is reported before torch is loaded
-
-        runs.checkpoint_file(settings)
-    if (once or (settings.resume is None and _restarted())) and (folder / LAST_CHECKPOINT).is_file():
-        settings = replace(settings, resume=str(folder))
+    if once or _restarted():
+        settings = _from_own_checkpoint(settings, folder)
+    if once:
+        _check_checkpoint(settings)
     with _noted(job, folder):
         job.valid_loss = work(settings, folder)
         for name, member in settings.members().items():
@@ -150,19 +150,33 @@ def run(
 
 
 def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
-    """Raises UserError where `folder` holds what would be lost.
+    """Raises UserError where a single run in `folder` would lose what is there, or cannot go on.
 
-    That is what a run of other settings has trained, and where one of the same was interrupted.
+    Lost would be what a run of other settings has trained, and where one of the same was interrupted.
     """
-    if _resumes(settings, folder) or not first_process():  # the others come when it is running
-        return
     job = Job.read(folder) if _trained(folder) else None
-    if job is None:
-        return
-    job.check_same(settings.decisive(), folder, "hydra.run.dir")
-    if job.state is not State.finished and (folder / LAST_CHECKPOINT).is_file() and not _restarted():
+    goes_on = _resumes(settings, folder)
+    if job is not None and not goes_on:
+        job.check_same(settings.decisive(), folder, "hydra.run.dir")
+    goes_on = goes_on or _restarted() or not first_process()  # the others come when it is running
+    ended = job is not None and job.state is State.finished
+    if not (goes_on or ended) and (folder / LAST_CHECKPOINT).is_file():
         do = f"go on with resume={folder}, or give another hydra.run.dir"
         raise UserError(folder, "holds a run that has not come to its end", do)
+    _check_checkpoint(_from_own_checkpoint(settings, folder) if _restarted() else settings)
+
+
+def _from_own_checkpoint(settings: TrainSettings, folder: Path) -> TrainSettings:
+    """As the run in `folder` goes on, wherever it began, if it has come to a checkpoint."""
+    return replace(settings, resume=str(folder)) if (folder / LAST_CHECKPOINT).is_file() else settings
+
+
+def _check_checkpoint(settings: TrainSettings) -> None:
+    """Raises UserError where the run cannot go on from the checkpoint that it asks for."""
+    if settings.resume is not None:
+        from lora_gpt2 import runs  # so late that a wrong setting is reported before torch is loaded
+
+        runs.checkpoint_file(settings)
 
 
 def _resumes(settings: TrainSettings, folder: Path) -> bool:
@@ -224,21 +238,21 @@ def _noted(job: Job, folder: Path) -> Iterator[None]:
         ended.set()
         job.seconds = round(time.monotonic() - start, 1)
         if first_process():
-            untouched = _trained(folder) == trained
-            _in_the_end(job, before if untouched else None, Job.read(folder)).write(folder)
+            held = before if trained and _trained(folder) == trained else None
+            _in_the_end(job, held, Job.read(folder)).write(folder)
 
 
-def _in_the_end(job: Job, before: Job | None, now: Job | None) -> Job:
-    """What the folder is to tell of `job`, when it held `before` and holds `now`.
+def _in_the_end(job: Job, held: Job | None, now: Job | None) -> Job:
+    """What the folder is to tell of `job`: it tells `now`, and what it holds is still that of `held`.
 
-    A process that it had begun may have finished it, even if this one was told to stop meanwhile. And if it
-    failed with nothing changed, what was finished there still is.
+    A process that the job had begun may have finished it, even if this one was told to stop meanwhile. If it
+    failed with nothing trained, what was finished is, and what was interrupted goes on with its own settings.
     """
     if now is not None and now.process != job.process and now.state is State.finished:
-        return replace(now, settings=job.settings)
-    if job.state is State.failed and before is not None and before.state is State.finished:
-        return before
-    return job
+        return now
+    if job.state is not State.failed or held is None:
+        return job
+    return held if held.state is State.finished else replace(job, settings=held.settings)
 
 
 def jobs(folder: Path) -> dict[str, Job]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lora_gpt2.errors import UserError
 from lora_gpt2.files import read_text
-from lora_gpt2.jobs import jobs
+from lora_gpt2.jobs import STATUS_FILE, jobs
 
 SWEEP_FILE = "multirun.yaml"
 """What Hydra leaves in a sweep's folder."""
@@ -78,11 +78,16 @@ class Sweep:
 
 
 def planned(folder: Path) -> dict[str, list[str]]:
-    """The overrides of each job of a sweep or a search, in their order, by the names of their folders."""
+    """The overrides of each job of a sweep or a search, in their order, by the names of their folders.
+
+    Jobs that a sweep's file does not tell of, as its values come from elsewhere, are listed once begun.
+    """
     if not (folder / SWEEP_FILE).is_file():
         return {name: _overrides(folder / name) for name in jobs(folder)}
     try:
-        return Sweep.read(folder).jobs()
+        told = Sweep.read(folder).jobs()
+        begun = {path.parent.name for path in folder.glob(f"*/{STATUS_FILE}")}
+        return told | {name: _overrides(folder / name) for name in sorted(begun - told.keys())}
     except HydraException as error:
         fault = str(error).splitlines()[0]
         raise UserError(folder / SWEEP_FILE, f"does not tell of a sweep: {fault}", "give another") from None

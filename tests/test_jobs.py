@@ -35,6 +35,16 @@ def settings():
     return settings_of("train", ["lora=qv"])
 
 
+@pytest.fixture
+def looked_at(tmp_path, monkeypatch):
+    """The folder of the job has a checkpoint; which one is looked at is noted."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / LAST_CHECKPOINT).touch()
+    noted = []
+    monkeypatch.setattr("lora_gpt2.runs.checkpoint_file", lambda settings: noted.append(settings.resume))
+    return noted
+
+
 def test_a_finished_job_is_not_done_again(tmp_path, settings, capsys):
     work = Work()
     assert [jobs.run(settings, tmp_path, work, once=True) for _ in range(2)] == [1.5, 1.5]
@@ -55,15 +65,13 @@ def test_a_failed_job_says_why_and_is_done_again(tmp_path, settings, error):
     assert Job.read(tmp_path).error is None
 
 
-def test_a_job_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, settings):
+def test_a_job_that_was_cut_off_goes_on_from_its_checkpoint(tmp_path, settings, looked_at):
     jobs.run(settings, tmp_path, Work(), once=True)
     job = Job.read(tmp_path)
     replace(job, state=State.running, process=2**22 + 1).write(tmp_path)  # no such process
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "last.ckpt").touch()
     work = Work()
     jobs.run(settings, tmp_path, work, once=True)
-    assert work.resumed == [str(tmp_path)]
+    assert work.resumed == looked_at[1:] == [str(tmp_path)]
     (tmp_path / "status.json").unlink()
     jobs.run(settings, tmp_path, work, once=True)
     assert work.resumed[1:] == [str(tmp_path)], "the checkpoint itself says whose it is"
@@ -176,52 +184,73 @@ def test_a_job_that_came_to_its_end_while_its_parent_was_told_to_stop_is_finishe
     assert (job.state, job.valid_loss, job.error) == (State.finished, 1.5, None)
 
 
-def test_a_job_that_was_told_to_stop_is_cut_off_and_has_not_failed(tmp_path, settings):
-    def told(settings, folder):
-        raise Stopped(signal.SIGINT)
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [(Stopped(signal.SIGINT), "Stopped: SIGINT"), (KeyboardInterrupt(), "KeyboardInterrupt: ")],
+    ids=str,
+)
+def test_a_job_that_was_told_to_stop_is_cut_off_and_has_not_failed(tmp_path, settings, how, said):
+    with pytest.raises(type(how)):
+        jobs.run(settings, tmp_path, Work(how), once=True)
+    assert Job.read(tmp_path).told() == ["cut off", "", "", said]
 
-    with pytest.raises(Stopped):
-        jobs.run(settings, tmp_path, told, once=True)
-    assert Job.read(tmp_path).told() == ["cut off", "", "", "Stopped: SIGINT"]
 
-
-def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(tmp_path, settings, monkeypatch):
-    for place in ("checkpoints", "a/b"):
-        (tmp_path / place).mkdir(parents=True)
-    (tmp_path / LAST_CHECKPOINT).touch()
+def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(
+    tmp_path, settings, looked_at, monkeypatch
+):
+    (tmp_path / "a" / "b").mkdir(parents=True)
     Job(settings.decisive(), State.running, "today").write(tmp_path)
     with pytest.raises(UserError, match="holds a run that has not come to its end; go on with resume="):
         jobs.check_unclaimed(tmp_path, settings)
     jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path)))
+    elsewhere = replace(settings, resume=str(tmp_path / "a" / "b"))
     with pytest.raises(UserError, match="holds a job of other settings: resume None"):
-        jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path / "a" / "b")))
+        jobs.check_unclaimed(tmp_path, elsewhere)
     monkeypatch.setenv("LOCAL_RANK", "1")
     jobs.check_unclaimed(tmp_path, settings)
+    with pytest.raises(UserError, match="holds a job of other settings: resume None"):
+        jobs.check_unclaimed(tmp_path, elsewhere)
+
+
+def test_a_checkpoint_without_a_job_is_not_written_over(tmp_path, settings, looked_at):
+    with pytest.raises(UserError, match="holds a run that has not come to its end; go on with resume="):
+        jobs.check_unclaimed(tmp_path, settings)
+    jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path)))
 
 
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
-def test_what_a_scheduler_starts_again_goes_on(tmp_path, settings, monkeypatch, variable):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / LAST_CHECKPOINT).touch()
+@pytest.mark.parametrize("begun", [None, "elsewhere"])
+def test_what_a_scheduler_starts_again_goes_on(tmp_path, settings, looked_at, monkeypatch, begun, variable):
+    settings = replace(settings, resume=begun)
     Job(settings.decisive(), State.failed, "today").write(tmp_path)
     monkeypatch.setenv(variable, "1")
     jobs.check_unclaimed(tmp_path, settings)
     work = Work()
     jobs.run(settings, tmp_path, work, once=False)
-    assert work.resumed == [str(tmp_path)]
+    assert work.resumed == looked_at == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("begun", [None, "elsewhere"])
+def test_a_job_that_goes_on_is_the_one_that_was_begun(tmp_path, settings, looked_at, begun):
+    asked = replace(settings, resume=begun).decisive()
+    Job(asked, State.failed, "today").write(tmp_path)
+    wrong = replace(settings, resume=str(tmp_path), base="/nowhere")
+    with pytest.raises(UserError):
+        jobs.run(wrong, tmp_path, Work(UserError("base", "is not there", "give another")), once=False)
+    job = Job.read(tmp_path)
+    assert (job.settings, job.error) == (asked, "UserError: base: is not there; give another")
+    jobs.run(replace(settings, resume=str(tmp_path)), tmp_path, Work(), once=False)
+    assert Job.read(tmp_path).settings == asked
 
 
 def test_a_job_of_a_sweep_goes_on_from_its_own_checkpoint_and_not_from_where_it_began(
-    tmp_path, settings, monkeypatch
+    tmp_path, settings, looked_at
 ):
-    monkeypatch.setattr("lora_gpt2.runs.checkpoint_file", lambda settings: settings.resume)
     begun = replace(settings, resume="elsewhere")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / LAST_CHECKPOINT).touch()
     work = Work()
     for _ in range(2):
         jobs.run(begun, tmp_path, work, once=True)
-    assert work.resumed == [str(tmp_path)], "once it is finished"
+    assert work.resumed == looked_at == [str(tmp_path)], "once it is finished"
 
 
 def test_no_process_has_a_number_that_large(tmp_path):

@@ -82,6 +82,17 @@ def test_a_rank_that_is_killed_ends_the_run_within_seconds(tmp_path, tiny, rank)
     assert time.monotonic() - start < 30
 
 
+def test_a_process_whose_first_was_killed_before_they_met_ends_too(tmp_path, tiny):
+    command = [sys.executable, TRAIN, *tiny, *TWO, "lora=qv", f"hydra.run.dir={tmp_path}"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (others := psutil.Process(first.pid).children()) or others[0].num_threads() == 1:
+        assert first.poll() is None
+        time.sleep(0.1)
+    first.kill()
+    first.wait()
+    others[0].wait(timeout=10)
+
+
 def test_ranks_that_were_told_different_things_stop(tmp_path, tiny):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -130,6 +130,15 @@ def test_what_a_sweep_is_asked_for_elsewhere_is_taken_from_its_folder(tmp_path, 
     assert "asks for callbacks@callbacks=default" in main(cli.main, "sweep", "resume", tmp_path)[0]
 
 
+def test_jobs_whose_values_came_from_elsewhere_are_listed_once_begun(tmp_path, main):
+    note_sweep(tmp_path, ROOT, task=["seed=${oc.env:SEEDS}"])
+    for number in "01":
+        (tmp_path / number).mkdir()
+        Job({}, State.finished, "today").write(tmp_path / number)
+    _, listed = main(cli.main, "sweep", "status", tmp_path)
+    assert "2 of 2 are finished" in listed
+
+
 def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
     """A file does not choose the folder from which Python would import."""
     note_sweep(tmp_path, tmp_path, task=["seed=1,2"])

@@ -274,8 +274,8 @@ def find(source: str | Path, file_name: str) -> Path:
         return path
     if (path / file_name).is_file():
         return path / file_name
-    kind = "an adapter" if file_name == ADAPTER_FILE else "a model"
-    do = f"give the folder of a run that trained {kind}"
-    if inside := sorted(str(one.parent) for one in path.glob(f"*/{file_name}")):
+    has = {ADAPTER_FILE: "trained an adapter", MODEL_FILE: "trained a model"}.get(file_name, "has one")
+    do = f"give the folder of a run that {has}"
+    if inside := sorted(str(path / one.relative_to(path).parts[0]) for one in path.glob(f"*/{file_name}")):
         do = f"give one of {', '.join(inside)}"
     raise UserError(path, f"holds no {file_name}", do)

@@ -198,10 +198,10 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, tiny):
         with pytest.raises(
             UserError, match=r"data.batch_size \d+ \(here 5\), optimizer.lr .* \(here 0.5\); leave"
         ):
-            jobs.run(other, tmp_path, lambda *_: None, once=False)
+            jobs.check_unclaimed(tmp_path / "new", other)
+    fewer = settings_of("train", [*tiny, "trainer.max_steps=0", f"resume={tmp_path}"])
     with pytest.raises(UserError, match=r"its global step is 1 already, trainer.max_steps is 0; give more"):
-        jobs.run(settings_of("train", [*tiny, "trainer.max_steps=0", f"resume={tmp_path}"]), tmp_path,
-                 lambda *_: None, once=False)  # fmt: skip
+        jobs.check_unclaimed(tmp_path, fewer)
     longer = settings_of("train", [*tiny, "trainer.max_steps=2", f"resume={tmp_path}"])
     assert jobs.run(longer, tmp_path, lambda *_: 1.0, once=False) == 1.0
     assert Job.read(tmp_path).settings["resume"] is None, "it is still the same job"
@@ -237,6 +237,9 @@ def test_a_run_that_goes_on_takes_no_other_run_s_folder(tmp_path, tiny):
     assert done.returncode == 1
     assert "holds a job of other settings" in done.stderr
     assert script("train", *given, f"hydra.run.dir={tmp_path / 'a'}").returncode == 0
+    done = script("train", *given, "optimizer.lr=0.5", f"hydra.run.dir={tmp_path / 'new'}")
+    assert "optimizer.lr 0.01 (here 0.5)" in done.stderr
+    assert not [path for path in (tmp_path / "new").rglob("*") if path.name != ".lock"], "nothing is noted"
 
 
 def test_settings_may_name_the_run_s_own_folder(tmp_path, tiny):
@@ -250,9 +253,14 @@ def test_a_full_disk_is_one_clear_error_and_the_last_good_file_stays(tmp_path, t
     train(tmp_path, *tiny, "lora=qv", "trainer.max_epochs=1")
     last = tmp_path / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
-    more = ["lora=qv", "lora.rank=16", "callbacks.last.every_n_train_steps=1", f"hydra.run.dir={tmp_path}"]
+    more = [
+        "lora=qv",
+        "callbacks.last.every_n_train_steps=1",
+        f"resume={tmp_path}",
+        f"hydra.run.dir={tmp_path}",
+    ]
     command = [sys.executable, ROOT / "train.py", *tiny, *more]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), len(before)))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) - 1, len(before) - 1))  # noqa: E731
     done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "cannot be written (File too large); what was there is kept; raise the limit" in done.stderr

@@ -164,6 +164,13 @@ def test_the_folder_of_several_adapters_names_theirs(tmp_path):
         find(tmp_path, "adapter.safetensors")
 
 
+def test_the_folder_of_several_runs_names_theirs(tmp_path):
+    (tmp_path / "0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "0" / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(UserError, match=r"holds no checkpoints/last.ckpt; give one of \S+/0$"):
+        find(tmp_path, "checkpoints/last.ckpt")
+
+
 def test_a_folder_without_the_file_says_what_it_lacks(tmp_path):
     with pytest.raises(
         UserError, match=r"holds no adapter.safetensors; give the folder of a run that trained"
