@@ -1,5 +1,7 @@
 """Beam search against its literal definition, token for token."""
 
+import copy
+import math
 import random
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from lora_gpt2.decoding import decoder
 from lora_gpt2.decoding.beam import Search
-from lora_gpt2.decoding.config import DecodingSettings
+from lora_gpt2.decoding.config import DecodingSettings, Dialect
 from lora_gpt2.decoding.decoder import decode
 from lora_gpt2.model.config import GPT2Config
 from lora_gpt2.model.language_model import GPT2LMModel
@@ -72,6 +74,29 @@ def check(model: GPT2LMModel, seed: int) -> int:
 @pytest.mark.parametrize("seed", range(200))
 def test_batched_search_equals_the_literal_one_for_every_option_and_batch_size(model, seed):
     assert check(model, seed)
+
+
+@pytest.mark.parametrize(("dialect", "more"), [(Dialect.reference, ""), (Dialect.hf, " allows")])
+def test_more_beams_than_tokens_are_refused(model, dialect, more):
+    settings = DecodingSettings(beam_size=VOCAB + 1, eval_len=2, dialect=dialect)
+    what = f"^beam_size {VOCAB + 1} is larger than the vocabulary of {VOCAB}{more}$"
+    with pytest.raises(ValueError, match=what):
+        decode(model, [[1]], settings, [0])
+
+
+@pytest.mark.parametrize("dialect", Dialect)
+def test_log_probabilities_of_bfloat16_logits_are_float32(model, dialect):
+    settings = DecodingSettings(beam_size=3, eval_len=4, dialect=dialect)
+    ((output, *_),) = decode(copy.deepcopy(model).bfloat16(), [[1, 2]], settings, [0])
+    found = torch.tensor(output.log_probs)
+    assert not torch.equal(found, found.bfloat16().float())
+
+
+def test_where_every_token_is_forbidden_nothing_more_is_said(model):
+    """No token may come twice, and none may end before more than there are."""
+    settings = DecodingSettings(beam_size=2, no_repeat_ngram_size=1, min_length=VOCAB, eval_len=VOCAB + 3)
+    ((output,),) = decode(model, [[1]], settings, [0])
+    assert (output.tokens, output.score) == ([], -math.inf)
 
 
 @pytest.mark.slow

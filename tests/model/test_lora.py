@@ -63,6 +63,37 @@ def test_a_fresh_layer_equals_its_base():
     assert torch.equal(layer(x), base(x))
 
 
+def test_a_layer_without_rank_is_a_linear_layer():
+    layer = MergedLinear(16, 48, enable_lora=[True, True, True])
+    x = torch.randn(2, 16)
+    assert (layer.enabled, layer.scaling) == ([], 0)
+    assert torch.allclose(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias), atol=1e-6)
+    assert torch.equal(layer.delta_weight(), torch.zeros(48, 16))
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_alpha_is_1_where_none_is_given(rank):
+    layer = MergedLinear(16, 48, rank, enable_lora=[True, False, False])
+    assert (layer.enabled, layer.scaling) == ([0], 1 / rank)
+
+
+def test_the_base_is_drawn_as_a_linear_layer_s():
+    layer = MergedLinear(400, 300)
+    for drawn in (layer.weight, layer.bias):
+        assert -0.05 <= drawn.min() < -0.048
+        assert 0.048 < drawn.max() <= 0.05
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_factors_of_the_base_have_its_rank_at_most(init):
+    layer = MergedLinear(16, 48, 8, 8, enable_lora=[True] * 6, init=init)
+    assert layer.lora_A.shape == (6 * 8, 16)
+    assert MergedLinear(16, 48, 17, 8, enable_lora=[True]).r == 17
+    for enable, most in (([True] * 6, 8), ([True], 16)):
+        with pytest.raises(ValueError, match=f"^LoRA init {init} needs a rank of at most {most}$"):
+            MergedLinear(16, 48, most + 1, 8, enable_lora=enable, init=init)
+
+
 def test_gradients_reach_every_adapter_tensor_and_not_the_base():
     ours, _ = pair([True, True, True], True)
     ours(torch.randn(2, 16)).square().sum().backward()
@@ -85,7 +116,7 @@ def test_dropout_before_and_between_the_factors_acts_only_in_training(where):
     [
         ({"r": -1}, "rank must be at least 0"),
         ({"enable_lora": [True] * 5}, "not divisible by 5"),
-        ({"merge_weights": True}, "call merge"),
+        ({"merge_weights": True}, "^merge_weights=True is not supported: call merge"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):

@@ -4,9 +4,11 @@ from itertools import combinations
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from lora_gpt2 import GPT2Config, GPT2LMModel
 from lora_gpt2.model.keys import is_lora
+from lora_gpt2.model.lora import LayerNorm
 
 PARTS = [list(c) for n in (1, 2, 3) for c in combinations(("q", "k", "v"), n)]
 WHOLE = [["c_attn"], ["c_proj"], ["mlp_c_fc"], ["mlp_c_proj"], ["q", "v", "c_proj", "mlp_c_fc", "mlp_c_proj"]]
@@ -205,8 +207,28 @@ def test_small_changes_of_doras_magnitudes_act_in_bfloat16():
     assert float(gain) == pytest.approx(1.003, abs=7e-4)
 
 
-def test_doras_outputs_are_of_their_inputs_type_with_biases_of_another():
-    model = build(["c_attn"], lora_dora=True, lora_bias="all")
+def test_a_fresh_dora_over_bfloat16_is_its_base_to_the_bit():
+    """Lengths are of float32: rounded, they would differ from the magnitudes."""
+    model = build(["c_attn"], lora_dora=True)
+    model.train_only_lora(torch.bfloat16)
+    layer = model.transformer.h[0].attn.c_attn
+    layer.reset_lora()
+    x = torch.randn(64, 8, dtype=torch.bfloat16)
+    assert torch.equal(layer(x), F.linear(x, layer.weight.T) + layer.bias)
+
+
+def test_layer_norm_scales_by_its_weight():
+    layer = LayerNorm(8, 1e-5, bias=True, train_bias=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 8)
+    expected = F.layer_norm(x, (8,)) * layer.weight + layer.bias + layer.lora_bias
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dora", [True, False])
+def test_outputs_are_of_their_inputs_type_with_biases_of_another(dora):
+    model = build(["c_attn"], lora_dora=dora, lora_bias="all")
     model.train_only_lora(torch.bfloat16)
     layer = model.transformer.h[0].attn.c_attn
     assert layer.lora_bias.dtype is torch.float32
