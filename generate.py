@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from lora_gpt2 import gate
 from lora_gpt2.files import first_process, locked
 from lora_gpt2.settings import GenerateSettings
-from lora_gpt2.signals import end_with_parent
+from lora_gpt2.signals import end_together
 
 gate.register()
 
@@ -29,7 +29,6 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    if not first_process():
-        end_with_parent()
+    end_together(first_process())
     with gate.told_in_a_line("generate"):
         main()

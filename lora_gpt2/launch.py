@@ -20,14 +20,13 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.files import first_process, locked
 from lora_gpt2.jobs import STATUS_FILE, Job, check_unclaimed, run
 from lora_gpt2.settings import TrainSettings
-from lora_gpt2.signals import end_with_parent, wait_for
+from lora_gpt2.signals import end_together, wait_for
 from lora_gpt2.sweeps import Sweep, parsed
 
 
 def main() -> None:
     """What ``train.py`` is, and ``python -m lora_gpt2.launch``."""
-    if not first_process():
-        end_with_parent()
+    end_together(first_process())
     gate.register()
     with gate.told_in_a_line("train"):
         hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train")(launch)()

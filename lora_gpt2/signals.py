@@ -18,6 +18,9 @@ SIGNALS = [
 _AGAIN = 3.0
 """Seconds within which several are one: a terminal tells all its processes, and the first hands it on."""
 
+_FIRST = "LORA_GPT2_FIRST_PROCESS"
+"""Its number, for those that it starts: it may be gone before they can ask who did."""
+
 _KEY = "told to stop"
 """Where processes tell each other."""
 
@@ -111,12 +114,15 @@ def wait_for(command: Sequence[str], **how: Any) -> int:
     return code
 
 
-def end_with_parent() -> None:
-    """Ends this process within a second of the one that started it, which may have been killed.
+def end_together(first: bool) -> None:
+    """The first process of a run notes itself; any other ends within a second of the one that started it.
 
-    It would wait for that one, half an hour where they had not met yet.
+    Else it would wait for one that was killed: half an hour, where they had not met yet.
     """
-    parent = os.getppid()
+    if first or os.name == "nt":  # where Python's own launcher may stand between the two
+        os.environ[_FIRST] = str(os.getpid())
+        return
+    parent = int(os.environ.get(_FIRST, os.getppid()))  # torchrun's workers have torchrun
 
     def watch() -> None:
         while os.getppid() == parent:
