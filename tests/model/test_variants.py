@@ -200,6 +200,7 @@ def test_small_changes_of_doras_magnitudes_act_in_bfloat16():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         bias = layer.bias.clone()
         layer.bias.zero_()
+        assert layer(x).dtype is torch.bfloat16
         before = layer(x).float()
         layer.lora_magnitude *= 1.003
         gain = (layer(x).float() * before).sum() / before.square().sum()
