@@ -56,6 +56,7 @@ def targets() -> dict[str, tuple[str, Read, list[bytes]]]:
     from lora_gpt2.evaluation.text_files import read_predictions, read_references
     from lora_gpt2.files import read_json
     from lora_gpt2.jobs import Job
+    from lora_gpt2.model.config import GPT2Config
     from lora_gpt2.sweeps import SWEEP_FILE, planned
     from lora_gpt2.weights.store import read_pickle, read_weights
 
@@ -64,7 +65,8 @@ def targets() -> dict[str, tuple[str, Read, list[bytes]]]:
         torch.save({"state_dict": held, "epoch": 1}, f"{folder}/new")
         torch.save({"state_dict": held}, f"{folder}/old", _use_new_zipfile_serialization=False)
         zipped, legacy = (Path(folder, name).read_bytes() for name in ("new", "old"))
-    about = {"format": 1, "kind": "adapter", "card": "x", "config": {}, "tokenizer": ""}
+    sizes = GPT2Config(lora_attn_dim=4).to_dict()
+    about = {"format": 1, "kind": "adapter", "card": "x", "config": sizes, "tokenizer": ""}
     described = save(held, {"lora-gpt2": json.dumps(about)})
     text = b'{"context": "name : Aromi", "completion": "Aromi is a pub .", "require": ["pub"]}\n'
     lex = b"<lex comment='good' lid='Id1'>A is in B .</lex>"

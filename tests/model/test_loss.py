@@ -33,9 +33,21 @@ def test_a_loss_of_bfloat16_logits_is_float32():
     )
 
 
+def test_a_head_of_bfloat16_has_its_gradient():
+    hidden = torch.randn(17, 64, generator=GENERATOR).bfloat16()
+    head = torch.randn(300, 64, generator=GENERATOR).bfloat16().requires_grad_()
+    targets, weights = LABELS.flatten()[:17], torch.rand(17, generator=GENERATOR)
+    head_loss(hidden, head, targets, weights, 0.0).backward()
+    exact = head.detach().double().requires_grad_()
+    losses = F.cross_entropy(hidden.double() @ exact.T, targets, reduction="none")
+    ((losses * weights).sum() / (weights.sum() + 1e-4)).backward()
+    assert (head.grad - exact.grad).norm() < 0.02 * exact.grad.norm()
+
+
 def test_as_little_smoothing_as_the_published_implementation_leaves_out_is_none():
     hidden, head = (torch.randn(n, 64, generator=GENERATOR) for n in (5, 300))
     targets, weights = LABELS[0, :5], torch.ones(5)
+    assert torch.equal(token_loss(hidden @ head.T, targets), token_loss(hidden @ head.T, targets, 0.0))
     whole = [token_loss(hidden @ head.T, targets, smooth) for smooth in (0.0, 1e-4, 1.1e-4)]
     parts = [head_loss(hidden, head, targets, weights, smooth) for smooth in (0.0, 1e-4, 1.1e-4)]
     for none, little, some in (whole, parts):
