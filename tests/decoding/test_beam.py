@@ -104,10 +104,13 @@ def test_thousands_of_cases_equal_the_literal_search(model):
     assert sum(check(model, seed) for seed in range(200, 3200)) > 10_000
 
 
-def test_the_search_stops_early_and_no_earlier_than_it_may(model):
+@pytest.mark.parametrize("length_penalty", [-0.7, -0.1, 0.0, 0.2, 1.0])
+def test_the_search_stops_early_and_no_earlier_than_it_may(model, length_penalty):
     """Against the same search that runs to the end: fewer steps, the same outputs."""
-    settings = DecodingSettings(beam_size=4, eval_len=24, no_repeat_ngram_size=0, length_penalty=0.2)
-    contexts = [[i % VOCAB, (3 * i) % VOCAB] for i in range(6)]
+    settings = DecodingSettings(
+        beam_size=4, eval_len=24, no_repeat_ngram_size=0, length_penalty=length_penalty
+    )
+    contexts = [[i % VOCAB, (3 * i) % VOCAB, i // VOCAB] for i in range(VOCAB**2)]
 
     class Patient(Search):
         def done(self, beams):

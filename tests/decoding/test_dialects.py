@@ -29,7 +29,6 @@ def pair() -> tuple[GPT2LMModel, GPT2LMHeadModel]:
 
 @pytest.mark.parametrize("seed", range(80))
 def test_dialect_hf_equals_transformers(pair, seed):
-    ours, theirs = pair
     rng = random.Random(seed)
     beams = rng.choice([2, 3, 5, 8])
     settings = DecodingSettings(
@@ -45,11 +44,37 @@ def test_dialect_hf_equals_transformers(pair, seed):
     )
     ends = rng.sample(range(VOCAB), rng.choice([1, 2]))
     contexts = [[rng.randrange(VOCAB) for _ in range(rng.randint(1, 12))] for _ in range(3)]
-    for context, found in zip(contexts, decode(ours, contexts, settings, ends), strict=True):
+    check(pair, settings, ends, contexts)
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.8, 2.0])
+def test_when_dialect_hf_stops_is_when_transformers_does(pair, length_penalty):
+    """Where a fourth of the tokens end an output, it matters: the three ways give other ones."""
+    contexts = [[token, 2 * token % VOCAB] for token in range(VOCAB)]
+    outputs = [
+        check(pair, DecodingSettings(
+            dialect=Dialect.hf, early_stopping=stopping, beam_size=3, n_best=2,
+            length_penalty=length_penalty, eval_len=12,
+        ), list(range(0, VOCAB, 4)), contexts)
+        for stopping in EarlyStopping
+    ]  # fmt: skip
+    assert len({str(one) for one in outputs}) > 1
+
+
+def check(
+    pair: tuple[GPT2LMModel, GPT2LMHeadModel],
+    settings: DecodingSettings,
+    ends: list[int],
+    contexts: list[list[int]],
+) -> list[list[int]]:
+    """Compares outputs and scores; returns the best outputs."""
+    ours, theirs = pair
+    outputs = decode(ours, contexts, settings, ends)
+    for context, found in zip(contexts, outputs, strict=True):
         expected = theirs.generate(
             torch.tensor([context]),
             attention_mask=torch.ones(1, len(context), dtype=torch.long),
-            num_beams=beams,
+            num_beams=settings.beam_size,
             num_return_sequences=settings.n_best,
             early_stopping=STOPPING[settings.early_stopping],
             length_penalty=settings.length_penalty,
@@ -71,3 +96,4 @@ def test_dialect_hf_equals_transformers(pair, seed):
         ):
             assert hypothesis.tokens == sequence[: len(hypothesis.tokens)], (settings, ends, context)
             assert hypothesis.score == pytest.approx(score, rel=1e-4, abs=1e-5)
+    return [found[0].tokens for found in outputs]
