@@ -72,9 +72,10 @@ def test_every_phrase_is_in_the_output(model, seed):
 
 def test_where_nothing_is_pruned_the_outputs_are_the_best_that_hold_their_phrases(model):
     """As many beams as tokens, and two steps. [1, 2, 3] cannot be said: the best that do not end anyway."""
-    phrases = [[[3]], [[5, 6]], [], [[7], [8]], [[1, 2, 3]], [[END]]]
-    contexts = [[1], [2, 3], [4], [5, 6], [7], [8]]
-    settings = DecodingSettings(beam_size=VOCAB, n_best=2, no_repeat_ngram_size=0, eval_len=2, batch_size=3)
+    kinds = [[[3]], [[5, 6]], [], [[7], [8]], [[1, 2, 3]], [[END]]]
+    contexts = [[token] for token in range(VOCAB)]
+    phrases = [kinds[token % len(kinds)] for token in range(VOCAB)]
+    settings = DecodingSettings(beam_size=VOCAB, n_best=2, no_repeat_ngram_size=0, eval_len=2, batch_size=7)
     for context, own, outputs in zip(
         contexts, phrases, decode(model, contexts, settings, [END], phrases), strict=True
     ):
