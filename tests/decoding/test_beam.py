@@ -108,8 +108,9 @@ def test_thousands_of_cases_equal_the_literal_search(model):
 def test_the_search_stops_early_and_no_earlier_than_it_may(model, length_penalty):
     """Against the same search that runs to the end: fewer steps, the same outputs."""
     settings = DecodingSettings(
-        beam_size=4, eval_len=24, no_repeat_ngram_size=0, length_penalty=length_penalty
+        beam_size=4, n_best=4, eval_len=24, no_repeat_ngram_size=0, length_penalty=length_penalty
     )
+    ends = list(range(6))
     contexts = [[i % VOCAB, (3 * i) % VOCAB, i // VOCAB] for i in range(VOCAB**2)]
 
     class Patient(Search):
@@ -119,7 +120,7 @@ def test_the_search_stops_early_and_no_earlier_than_it_may(model, length_penalty
     steps = {}
     outputs = {}
     for kind in (Search, Patient):
-        search = kind(settings, [0, 1, 2], torch.device("cpu"), 24)
+        search = kind(settings, ends, torch.device("cpu"), 24)
         count = 0
         extend = search.extend
 
@@ -131,7 +132,7 @@ def test_the_search_stops_early_and_no_earlier_than_it_may(model, length_penalty
         search.extend = counted
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(decoder, "Search", lambda *_, search=search: search)
-            outputs[kind] = decode(model, contexts, settings, [0, 1, 2])
+            outputs[kind] = decode(model, contexts, settings, ends)
         steps[kind] = count
     assert outputs[Search] == outputs[Patient]
     assert steps[Search] < steps[Patient]
