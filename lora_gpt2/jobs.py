@@ -145,7 +145,8 @@ def run(
         job.valid_loss = work(settings, folder)
         for name, member in settings.members().items():
             if name and first_process():
-                replace(job, settings=member.decisive(), state=State.finished).write(folder / name)
+                own = {**member.decisive(), "resume": job.settings["resume"]}
+                replace(job, settings=own, state=State.finished).write(folder / name)
     return job.valid_loss
 
 
@@ -161,14 +162,19 @@ def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
     goes_on = goes_on or _restarted() or not first_process()  # the others come when it is running
     ended = job is not None and job.state is State.finished
     if not (goes_on or ended) and (folder / LAST_CHECKPOINT).is_file():
-        do = f"go on with resume={folder}, or give another hydra.run.dir"
-        raise UserError(folder, "holds a run that has not come to its end", do)
+        what = "holds the checkpoint of a run" + (" that has not come to its end" if job else "")
+        raise UserError(folder, what, f"go on with resume={folder}, or give another hydra.run.dir")
     _check_checkpoint(_from_own_checkpoint(settings, folder) if _restarted() else settings)
 
 
 def _from_own_checkpoint(settings: TrainSettings, folder: Path) -> TrainSettings:
-    """As the run in `folder` goes on, wherever it began, if it has come to a checkpoint."""
-    return replace(settings, resume=str(folder)) if (folder / LAST_CHECKPOINT).is_file() else settings
+    """As the run in `folder` goes on, wherever it began, if it has come to a checkpoint.
+
+    One that is to go on from another checkpoint of its own, to leave the last one behind, does that again.
+    """
+    if _resumes(settings, folder) or not (folder / LAST_CHECKPOINT).is_file():
+        return settings
+    return replace(settings, resume=str(folder))
 
 
 def _check_checkpoint(settings: TrainSettings) -> None:
@@ -249,7 +255,7 @@ def _in_the_end(job: Job, held: Job | None, now: Job | None) -> Job:
     failed with nothing trained, what was finished is, and what was interrupted goes on with its own settings.
     """
     if now is not None and now.process != job.process and now.state is State.finished:
-        return now
+        return replace(now, settings=job.settings)
     if job.state is not State.failed or held is None:
         return job
     return held if held.state is State.finished else replace(job, settings=held.settings)

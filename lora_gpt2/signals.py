@@ -115,14 +115,17 @@ def wait_for(command: Sequence[str], **how: Any) -> int:
 
 
 def end_together(first: bool) -> None:
-    """The first process of a run notes itself; any other ends within a second of the one that started it.
+    """The processes that Lightning starts end within a second of the first one, which starts them.
 
-    Else it would wait for one that was killed: half an hour, where they had not met yet.
+    Else they would wait for one that was killed: half an hour, where they had not met yet.
     """
-    if first or os.name == "nt":  # where Python's own launcher may stand between the two
+    if first:
         os.environ[_FIRST] = str(os.getpid())
         return
-    parent = int(os.environ.get(_FIRST, os.getppid()))  # torchrun's workers have torchrun
+    of_others = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("SLURM_PROCID", "0") != "0"
+    parent = int(os.environ.get(_FIRST, 0))
+    if of_others or not parent or os.name == "nt":  # there Python's own launcher may stand between the two
+        return
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -80,14 +80,15 @@ class Sweep:
 def planned(folder: Path) -> dict[str, list[str]]:
     """The overrides of each job of a sweep or a search, in their order, by the names of their folders.
 
-    Jobs that a sweep's file does not tell of, as its values come from elsewhere, are listed once begun.
+    Numbers that a sweep's file does not tell of, as its values come from elsewhere, are listed once begun.
     """
     if not (folder / SWEEP_FILE).is_file():
         return {name: _overrides(folder / name) for name in jobs(folder)}
     try:
         told = Sweep.read(folder).jobs()
         begun = {path.parent.name for path in folder.glob(f"*/{STATUS_FILE}")}
-        return told | {name: _overrides(folder / name) for name in sorted(begun - told.keys())}
+        more = sorted(filter(str.isdecimal, begun - told.keys()), key=int)
+        return told | {name: _overrides(folder / name) for name in more}
     except HydraException as error:
         fault = str(error).splitlines()[0]
         raise UserError(folder / SWEEP_FILE, f"does not tell of a sweep: {fault}", "give another") from None

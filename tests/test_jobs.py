@@ -111,7 +111,8 @@ def test_several_adapters_are_finished_before_their_run_is(tmp_path, monkeypatch
     )
     for name in several.members():
         (tmp_path / name).mkdir()
-    jobs.run(several, tmp_path, Work(), once=True)
+    jobs.run(replace(several, resume=str(tmp_path)), tmp_path, Work(), once=False)
+    assert all(Job.read(tmp_path / name).settings["resume"] is None for name in several.members())
     *_, first, second, last = order
     assert {state for _, state in (first, second, last)} == {State.finished}
     assert last[0] == tmp_path.name
@@ -175,13 +176,17 @@ def test_a_status_that_is_none_is_named(tmp_path, told):
 
 def test_a_job_that_came_to_its_end_while_its_parent_was_told_to_stop_is_finished(tmp_path):
     def train_apart(settings, folder):
-        replace(Job.read(folder), state=State.finished, valid_loss=1.5, process=2**22 + 1).write(folder)
+        its_own = {**settings.decisive(), "point": "composed a moment later"}
+        held = replace(Job.read(folder), settings=its_own, state=State.finished, valid_loss=1.5)
+        replace(held, process=2**22 + 1).write(folder)
         raise SystemExit(143)
 
+    settings = settings_of("train", [])
     with pytest.raises(SystemExit):
-        jobs.run(settings_of("train", []), tmp_path, train_apart, once=True)
+        jobs.run(settings, tmp_path, train_apart, once=True)
     job = Job.read(tmp_path)
     assert (job.state, job.valid_loss, job.error) == (State.finished, 1.5, None)
+    assert job.settings == settings.decisive()
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,7 @@ def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(
 ):
     (tmp_path / "a" / "b").mkdir(parents=True)
     Job(settings.decisive(), State.running, "today").write(tmp_path)
-    with pytest.raises(UserError, match="holds a run that has not come to its end; go on with resume="):
+    with pytest.raises(UserError, match="holds the checkpoint of a run that has not come to its end; go on"):
         jobs.check_unclaimed(tmp_path, settings)
     jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path)))
     elsewhere = replace(settings, resume=str(tmp_path / "a" / "b"))
@@ -213,21 +218,23 @@ def test_an_interrupted_run_is_not_begun_anew_but_has_other_processes(
 
 
 def test_a_checkpoint_without_a_job_is_not_written_over(tmp_path, settings, looked_at):
-    with pytest.raises(UserError, match="holds a run that has not come to its end; go on with resume="):
+    with pytest.raises(UserError, match="holds the checkpoint of a run; go on with resume="):
         jobs.check_unclaimed(tmp_path, settings)
     jobs.check_unclaimed(tmp_path, replace(settings, resume=str(tmp_path)))
 
 
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
-@pytest.mark.parametrize("begun", [None, "elsewhere"])
+@pytest.mark.parametrize("begun", [None, "elsewhere", "checkpoints/best.ckpt"])
 def test_what_a_scheduler_starts_again_goes_on(tmp_path, settings, looked_at, monkeypatch, begun, variable):
-    settings = replace(settings, resume=begun)
+    """From its last checkpoint, but for one that was told to leave that behind."""
+    own = begun is not None and begun.startswith("checkpoints")
+    settings = replace(settings, resume=str(tmp_path / begun) if own else begun)
     Job(settings.decisive(), State.failed, "today").write(tmp_path)
     monkeypatch.setenv(variable, "1")
     jobs.check_unclaimed(tmp_path, settings)
     work = Work()
     jobs.run(settings, tmp_path, work, once=False)
-    assert work.resumed == looked_at == [str(tmp_path)]
+    assert work.resumed == looked_at == [settings.resume if own else str(tmp_path)]
 
 
 @pytest.mark.parametrize("begun", [None, "elsewhere"])

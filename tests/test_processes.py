@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -82,16 +83,33 @@ def test_a_rank_that_is_killed_ends_the_run_within_seconds(tmp_path, tiny, rank)
     assert time.monotonic() - start < 30
 
 
-@pytest.mark.parametrize("ours", [False, True], ids=["as it starts", "as it waits"])
-def test_a_process_whose_first_was_killed_before_they_met_ends_too(tmp_path, tiny, ours):
+@pytest.mark.parametrize("waits", [False, True], ids=["as it starts", "as it waits"])
+def test_a_process_whose_first_was_killed_before_they_met_ends_too(tmp_path, tiny, waits):
     command = [sys.executable, TRAIN, *tiny, *TWO, "lora=qv", f"hydra.run.dir={tmp_path}"]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (others := psutil.Process(first.pid).children()) or (ours and others[0].num_threads() == 1):
+    others: list[psutil.Process] = []
+    while not others:
         assert first.poll() is None
-        time.sleep(0.1)
+        time.sleep(0.05)
+        for child in psutil.Process(first.pid).children():
+            with suppress(psutil.Error):  # git, which tells the commit, is gone by now
+                others += [child] if "hydra.job.name=train_ddp_process_1" in child.cmdline() else []
+    while waits and others[0].num_threads() == 1:
+        time.sleep(0.05)
     first.kill()
     first.wait()
     others[0].wait(timeout=30)
+
+
+@pytest.mark.parametrize("whose", ["TORCHELASTIC_RUN_ID", "SLURM_PROCID", None])
+def test_a_process_that_lightning_did_not_start_lives_on_without_the_one_that_did(whose):
+    """Whichever process of a run was noted in what it inherits."""
+    code = "import time; from lora_gpt2 import signals; signals.end_together(False); time.sleep(4); print(1)"
+    starter = f"import subprocess as s, sys, time; s.Popen([sys.executable, '-c', {code!r}]); time.sleep(1)"
+    inherited = {} if whose is None else {whose: "1", "LORA_GPT2_FIRST_PROCESS": "1"}
+    begun = subprocess.run([sys.executable, "-c", starter], env={**os.environ, **inherited},
+                           stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
+    assert begun.stdout == "1\n"
 
 
 def test_ranks_that_were_told_different_things_stop(tmp_path, tiny):

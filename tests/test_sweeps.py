@@ -16,7 +16,7 @@ from lora_gpt2.errors import UserError
 from lora_gpt2.gate import register
 from lora_gpt2.jobs import Job, State
 from lora_gpt2.reporting import sweep
-from lora_gpt2.sweeps import SWEEP_FILE, Sweep
+from lora_gpt2.sweeps import SWEEP_FILE, Sweep, planned
 from tests.conftest import ROOT, settings_of, train
 
 
@@ -130,13 +130,15 @@ def test_what_a_sweep_is_asked_for_elsewhere_is_taken_from_its_folder(tmp_path, 
     assert "asks for callbacks@callbacks=default" in main(cli.main, "sweep", "resume", tmp_path)[0]
 
 
-def test_jobs_whose_values_came_from_elsewhere_are_listed_once_begun(tmp_path, main):
+def test_jobs_whose_values_came_from_elsewhere_are_listed_once_begun(tmp_path):
     note_sweep(tmp_path, ROOT, task=["seed=${oc.env:SEEDS}"])
-    for number in "01":
-        (tmp_path / number).mkdir()
-        Job({}, State.finished, "today").write(tmp_path / number)
-    _, listed = main(cli.main, "sweep", "status", tmp_path)
-    assert "2 of 2 are finished" in listed
+    for name in ("0", "10", "9", "of another kind"):
+        (tmp_path / name / ".hydra").mkdir(parents=True)
+        (tmp_path / name / ".hydra" / "overrides.yaml").write_text(f"[seed={name}]")
+        Job({}, State.finished, "today").write(tmp_path / name)
+    found = planned(tmp_path)
+    assert list(found) == ["0", "9", "10"]
+    assert (found["9"], found["10"]) == (["seed=9"], ["seed=10"])
 
 
 def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
