@@ -61,8 +61,8 @@ def test_a_run_that_is_told_to_stop_goes_on_to_the_same_weights(tmp_path, tiny, 
     assert "Traceback" not in said
     assert not (broken / "adapter.safetensors").exists()
     again = script("train", *arguments, slow, f"hydra.run.dir={broken}")
-    told = f"{broken}: holds a run that has not come to its end; go on with resume={broken}, or give another"
-    assert (again.returncode, again.stderr.splitlines()) == (1, [f"{told} hydra.run.dir"])
+    told = f"{broken}: holds the checkpoint of a run that has not come to its end; go on with resume={broken}"
+    assert (again.returncode, again.stderr.splitlines()) == (1, [f"{told}, or give another hydra.run.dir"])
     for folder, add in ((whole, []), (resumed, [f"resume={broken}"])):
         done = script("train", *arguments, *add, f"hydra.run.dir={folder}")
         assert done.returncode == 0, done.stderr
