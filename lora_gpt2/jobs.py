@@ -156,12 +156,12 @@ def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
     Lost would be what a run of other settings has trained, and where one of the same was interrupted.
     """
     job = Job.read(folder) if _trained(folder) else None
-    goes_on = _resumes(settings, folder)
-    if job is not None and not goes_on:
+    resumes = _resumes(settings, folder)
+    if job is not None and not resumes:
         job.check_same(settings.decisive(), folder, "hydra.run.dir")
-    goes_on = goes_on or _restarted() or not first_process()  # the others come when it is running
+    begins = not (resumes or _restarted()) and first_process()  # the others come when it is running
     ended = job is not None and job.state is State.finished
-    if not (goes_on or ended) and (folder / LAST_CHECKPOINT).is_file():
+    if begins and not ended and (folder / LAST_CHECKPOINT).is_file():
         what = "holds the checkpoint of a run" + (" that has not come to its end" if job else "")
         raise UserError(folder, what, f"go on with resume={folder}, or give another hydra.run.dir")
     _check_checkpoint(_from_own_checkpoint(settings, folder) if _restarted() else settings)
