@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # models are tiny, and workers as many as cores
@@ -77,10 +78,14 @@ def _ran(arguments: list[str], variables: dict[str, str]) -> subprocess.Complete
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path_factory, monkeypatch):
-    """Encoded corpora of tests are kept for the session, away from the user's. Our callbacks may be built."""
-    monkeypatch.setenv("LORA_GPT2_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("LORA_GPT2_TARGETS", "tests.")
+def _environment(tmp_path_factory):
+    """What a test leaves in it goes with the test.
+
+    Encoded corpora are kept for the session, away from the user's. Our callbacks may be built.
+    """
+    cache = str(tmp_path_factory.getbasetemp() / "cache")
+    with mock.patch.dict(os.environ, LORA_GPT2_CACHE=cache, LORA_GPT2_TARGETS="tests."):
+        yield
 
 
 def tiny_rows(count: int, seed: int) -> list[TextRow]:

@@ -24,9 +24,6 @@ from tests.conftest import ROOT, settings_of, train
 def main(monkeypatch, capsys):
     """Runs train.py or the tools in this process, without METEOR; returns the exit code and what was said."""
     monkeypatch.setattr("lora_gpt2.evaluation.meteor.find_jar", lambda name: None)
-    for name in ("LORA_GPT2_IN_A_LINE", "HYDRA_FULL_ERROR"):  # what it leaves there goes with the test
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
 
     def call(function, *arguments: object) -> tuple[object, str]:
         monkeypatch.chdir(ROOT)
