@@ -161,7 +161,7 @@ def serve(
     answer(playground, port, lambda address: typer.echo(f"{address}  (stop it with Ctrl-C)"))
 
 
-@app.command(name="verify-resume", context_settings={"ignore_unknown_options": True})
+@app.command(name="verify-resume")
 def verify_resume(
     overrides: Annotated[list[str], typer.Argument(help="Settings, as for train.py.")],
     kills: Annotated[int, typer.Option(help="How many interruptions.", min=1)] = 5,

@@ -300,5 +300,7 @@ def _parts_of_a_trainer() -> tuple[type, ...]:
 
 
 def _nearest(key: str, known: list[str], path: str) -> str:
+    if not known:
+        return f"; +{path}{key} adds it"
     near = difflib.get_close_matches(key, known, n=1)
     return f", did you mean {path}{near[0]}?" if near else f"; there are {', '.join(known)}"

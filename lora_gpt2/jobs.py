@@ -168,13 +168,8 @@ def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
 
 
 def _from_own_checkpoint(settings: TrainSettings, folder: Path) -> TrainSettings:
-    """As the run in `folder` goes on, wherever it began, if it has come to a checkpoint.
-
-    One that is to go on from another checkpoint of its own, to leave the last one behind, does that again.
-    """
-    if _resumes(settings, folder) or not (folder / LAST_CHECKPOINT).is_file():
-        return settings
-    return replace(settings, resume=str(folder))
+    """As the run in `folder` goes on, wherever it began, if it has a checkpoint."""
+    return replace(settings, resume=str(folder)) if (folder / LAST_CHECKPOINT).is_file() else settings
 
 
 def _check_checkpoint(settings: TrainSettings) -> None:

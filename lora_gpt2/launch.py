@@ -13,7 +13,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lora_gpt2 import gate
 from lora_gpt2.errors import UserError
@@ -50,6 +50,9 @@ class OwnFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         begun = {path.parent.name: path.parent for path in folder.glob(f"*/{STATUS_FILE}")}
+        raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
+        if raw["subdir"] != "${hydra.job.num}":
+            begun = {}  # where jobs have names, each looks itself
         with gate.refused():
             asked = Sweep.composed(config.hydra).jobs() if begun else {}
             for name, place in begun.items():

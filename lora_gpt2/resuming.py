@@ -3,7 +3,8 @@
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -11,7 +12,9 @@ from time import time
 
 from lora_gpt2 import launch, runs
 from lora_gpt2.errors import UserError
+from lora_gpt2.files import locked
 from lora_gpt2.settings import LAST_CHECKPOINT
+from lora_gpt2.signals import raised
 
 KILLS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL
 """How a run is interrupted, in turn: half of the times so that it has no time for anything."""
@@ -50,12 +53,17 @@ def verify(overrides: Sequence[str], folder: Path, kills: int, seed: int = 0) ->
     that restarts. Compares losses of all steps, and the bytes of the weights.
     Raises UserError for a folder that is not empty, and where the undisturbed run fails.
     """
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_dir() and any(folder.iterdir()):
         raise UserError(folder, "is not empty", "give another folder")
-    random, command = Random(seed), [*overrides, "trainer.log_every_n_steps=1"]
+    with locked(folder), raised():
+        return _verified([*overrides, "trainer.log_every_n_steps=1"], folder, kills, Random(seed))
+
+
+def _verified(command: Sequence[str], folder: Path, kills: int, random: Random) -> Verified:
     start, whole = time(), folder / "whole"
-    if code := _start(command, whole).wait():
-        raise _failed(whole, code)
+    with _training(command, whole) as process:
+        if code := process.wait():
+            raise _failed(whole, code)
     found = Verified(seconds=time() - start)
     _timed(found, whole, start)
     expected = runs.logged(whole, _COLUMN)
@@ -71,13 +79,20 @@ def verify(overrides: Sequence[str], folder: Path, kills: int, seed: int = 0) ->
     return found
 
 
-def _start(command: Sequence[str], place: Path) -> "subprocess.Popen[bytes]":
+@contextmanager
+def _training(command: Sequence[str], place: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A run that does not live longer than this is looked at."""
     place.mkdir(parents=True, exist_ok=True)
-    said = open(place / "said.txt", "ab")  # noqa: SIM115  (the process keeps it)
-    with said:
-        return subprocess.Popen(
+    with open(place / "said.txt", "ab") as said:
+        process = subprocess.Popen(
             launch.command(command, place), stdout=said, stderr=said, start_new_session=True
         )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _interrupted(command: Sequence[str], place: Path, found: Verified, random: Random, kills: int) -> bool:
@@ -85,20 +100,20 @@ def _interrupted(command: Sequence[str], place: Path, found: Verified, random: R
     begun = (place / LAST_CHECKPOINT).is_file()
     found.resumed += begun
     resume = [f"resume={launch.quoted(place)}"] if begun else []
-    start, process = time(), _start([*command, *resume], place)
-    enough = sum(found.kills.values()) >= kills
-    try:
-        moment = random.uniform(0.9 * found.trains_after, found.lasts)  # seldom before there is anything
-        code = process.wait(None if enough else moment)
-    except subprocess.TimeoutExpired:
-        how = KILLS[sum(found.kills.values()) % len(KILLS)]
-        found.kills[how.name] = found.kills.get(how.name, 0) + 1
-        if how is signal.SIGKILL:
-            os.killpg(process.pid, how)
-        else:
-            process.send_signal(how)
-        process.wait()
-        return True
+    start, enough = time(), sum(found.kills.values()) >= kills
+    with _training([*command, *resume], place) as process:
+        try:
+            moment = random.uniform(0.9 * found.trains_after, found.lasts)  # seldom before there is anything
+            code = process.wait(None if enough else moment)
+        except subprocess.TimeoutExpired:
+            how = KILLS[sum(found.kills.values()) % len(KILLS)]
+            found.kills[how.name] = found.kills.get(how.name, 0) + 1
+            if how is signal.SIGKILL:
+                os.killpg(process.pid, how)
+            else:
+                process.send_signal(how)
+            process.wait()
+            return True
     if code:
         raise _failed(place, code)
     _timed(found, place, start)

@@ -5,8 +5,8 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -99,19 +99,28 @@ def wait_for(command: Sequence[str], **how: Any) -> int:
             with suppress(ValueError):  # on Windows a terminal's has reached it by itself
                 process.send_signal(number)
 
-    before = _given_to(hand_on)
-    try:
+    with _handled(hand_on):
         begun.append(subprocess.Popen(command, **how))
         if told:  # before it could be handed on
             begun[0].send_signal(told[0])
         code = begun[0].wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     number = told[0] if told else -code if code < 0 else code - 128
     if number in SIGNALS:
         raise Stopped(number)
     return code
+
+
+@contextmanager
+def raised() -> Iterator[None]:
+    """Each of `SIGNALS` raises Stopped, wherever the process is."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped = Stopped(number)
+        print(f"{stopped}: stopped", flush=True)
+        raise stopped
+
+    with _handled(stop):
+        yield
 
 
 def end_together(first: bool) -> None:
@@ -133,6 +142,16 @@ def end_together(first: bool) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = _given_to(handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _given_to(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:

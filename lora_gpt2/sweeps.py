@@ -80,14 +80,16 @@ class Sweep:
 def planned(folder: Path) -> dict[str, list[str]]:
     """The overrides of each job of a sweep or a search, in their order, by the names of their folders.
 
-    Numbers that a sweep's file does not tell of, as its values come from elsewhere, are listed once begun.
+    Those that a sweep's file does not tell of, as values or names come from elsewhere, are listed once begun.
     """
     if not (folder / SWEEP_FILE).is_file():
         return {name: _overrides(folder / name) for name in jobs(folder)}
     try:
         told = Sweep.read(folder).jobs()
         begun = {path.parent.name for path in folder.glob(f"*/{STATUS_FILE}")}
-        more = sorted(filter(str.isdecimal, begun - told.keys()), key=int)
+        if begun and not begun & told.keys():  # hydra.sweep.subdir names them
+            told = {}
+        more = sorted(begun - told.keys(), key=lambda name: (len(name), name))
         return told | {name: _overrides(folder / name) for name in more}
     except HydraException as error:
         fault = str(error).splitlines()[0]

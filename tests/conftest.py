@@ -77,14 +77,18 @@ def _ran(arguments: list[str], variables: dict[str, str]) -> subprocess.Complete
     )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory):
-    """What a test leaves in it goes with the test.
-
-    Encoded corpora are kept for the session, away from the user's. Our callbacks may be built.
-    """
+    """Encoded corpora of tests are kept for the session, away from the user's. Our callbacks may be built."""
     cache = str(tmp_path_factory.getbasetemp() / "cache")
     with mock.patch.dict(os.environ, LORA_GPT2_CACHE=cache, LORA_GPT2_TARGETS="tests."):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_it_was():
+    """What a test leaves there goes with the test."""
+    with mock.patch.dict(os.environ):
         yield
 
 

@@ -99,6 +99,11 @@ def test_the_demonstration_improves_every_score(tmp_path):
     ("name", "override", "message"),
     [
         ("train", "lora.ranks=1", "lora.ranks: no such setting, did you mean lora.rank?"),
+        (
+            "train",
+            "callbacks.x._target_=y",
+            "callbacks.x._target_: no such setting; +callbacks.x._target_ adds it",
+        ),
         ("train", "serd=1", "serd: no such setting, did you mean seed?"),
         ("train", "logger=wnadb", "logger: there is no wnadb, did you mean logger=wandb?"),
         ("train", "lora=4", "a group takes the name of an option, as in lora=qv; see python train.py --help"),

@@ -226,15 +226,13 @@ def test_a_checkpoint_without_a_job_is_not_written_over(tmp_path, settings, look
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
 @pytest.mark.parametrize("begun", [None, "elsewhere", "checkpoints/best.ckpt"])
 def test_what_a_scheduler_starts_again_goes_on(tmp_path, settings, looked_at, monkeypatch, begun, variable):
-    """From its last checkpoint, but for one that was told to leave that behind."""
-    own = begun is not None and begun.startswith("checkpoints")
-    settings = replace(settings, resume=str(tmp_path / begun) if own else begun)
+    settings = replace(settings, resume=begun and str(tmp_path / begun))
     Job(settings.decisive(), State.failed, "today").write(tmp_path)
     monkeypatch.setenv(variable, "1")
     jobs.check_unclaimed(tmp_path, settings)
     work = Work()
     jobs.run(settings, tmp_path, work, once=False)
-    assert work.resumed == looked_at == [settings.resume if own else str(tmp_path)]
+    assert work.resumed == looked_at == [str(tmp_path)]
 
 
 @pytest.mark.parametrize("begun", [None, "elsewhere"])

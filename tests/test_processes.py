@@ -104,12 +104,16 @@ def test_a_process_whose_first_was_killed_before_they_met_ends_too(tmp_path, tin
 @pytest.mark.parametrize("whose", ["TORCHELASTIC_RUN_ID", "SLURM_PROCID", None])
 def test_a_process_that_lightning_did_not_start_lives_on_without_the_one_that_did(whose):
     """Whichever process of a run was noted in what it inherits."""
-    code = "import time; from lora_gpt2 import signals; signals.end_together(False); time.sleep(4); print(1)"
-    starter = f"import subprocess as s, sys, time; s.Popen([sys.executable, '-c', {code!r}]); time.sleep(1)"
-    inherited = {} if whose is None else {whose: "1", "LORA_GPT2_FIRST_PROCESS": "1"}
-    begun = subprocess.run([sys.executable, "-c", starter], env={**os.environ, **inherited},
-                           stdout=subprocess.PIPE, text=True, check=True)  # fmt: skip
-    assert begun.stdout == "1\n"
+    code = "import time; from lora_gpt2 import signals; signals.end_together(False); print(1, flush=True)"
+    inherited = {} if whose is None else {whose: "1", "LORA_GPT2_FIRST_PROCESS": str(2**22 + 1)}
+    starter = (
+        "import subprocess as s, sys;"
+        f"s.Popen([sys.executable, '-c', {code + '; time.sleep(3); print(2)'!r}], stdout=1); input()"
+    )
+    first = subprocess.Popen([sys.executable, "-c", starter], env={**os.environ, **inherited},
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert first.stdout.readline() == "1\n"
+    assert first.communicate("\n")[0] == "2\n"
 
 
 def test_ranks_that_were_told_different_things_stop(tmp_path, tiny):

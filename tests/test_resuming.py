@@ -1,7 +1,12 @@
 """`lora-gpt2 verify-resume` sees what is the same, and what is not."""
 
 import re
+import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 import torch
 from lightning import Callback
@@ -40,6 +45,30 @@ def test_a_callback_that_forgets_is_found(tmp_path, tiny):
     done = cli("verify-resume", *tiny, *SLOWER, forgets, "--kills", 8, "-o", tmp_path / "out")
     assert done.returncode == 1
     assert re.search(r"(step \d+ has the loss .*, not|has other bytes)", done.stderr)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_told_to_stop_it_takes_the_training_along(tmp_path, tiny, number):
+    asked = ["verify-resume", *tiny, "trainer.max_epochs=100000", "-o", tmp_path / "out"]
+    command = [sys.executable, "-m", "lora_gpt2.cli", *map(str, asked)]
+    verifying = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (begun := psutil.Process(verifying.pid).children()):
+        assert verifying.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    verifying.send_signal(number)
+    assert verifying.communicate(timeout=60)[0] == f"{number.name}: stopped\n"
+    assert verifying.returncode == 128 + number
+    assert not psutil.wait_procs(begun, timeout=30)[1]
+
+
+def test_where_it_cannot_write_is_told(tmp_path, tiny):
+    (file := tmp_path / "file").touch()
+    for place in (file, file / "below"):
+        done = cli("verify-resume", *tiny, "-o", place)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert "cannot be written" in done.stderr
+    assert "No such option" in cli("verify-resume", *tiny, "--kill", "3", "-o", tmp_path / "out").stderr
 
 
 def test_files_of_several_adapters_are_compared(tmp_path):

@@ -129,13 +129,27 @@ def test_what_a_sweep_is_asked_for_elsewhere_is_taken_from_its_folder(tmp_path, 
 
 def test_jobs_whose_values_came_from_elsewhere_are_listed_once_begun(tmp_path):
     note_sweep(tmp_path, ROOT, task=["seed=${oc.env:SEEDS}"])
-    for name in ("0", "10", "9", "of another kind"):
+    for name in ("0", "10", "9"):
         (tmp_path / name / ".hydra").mkdir(parents=True)
         (tmp_path / name / ".hydra" / "overrides.yaml").write_text(f"[seed={name}]")
         Job({}, State.finished, "today").write(tmp_path / name)
     found = planned(tmp_path)
     assert list(found) == ["0", "9", "10"]
     assert (found["9"], found["10"]) == (["seed=9"], ["seed=10"])
+
+
+def test_jobs_that_have_names_are_listed_by_them_and_gone_on_with(tmp_path, main):
+    for seed in (1, 2):
+        (tmp_path / f"s{seed}").mkdir()
+        work = lambda *_: 1.5  # noqa: E731
+        jobs.run(settings_of("train", [f"seed={seed}"]), tmp_path / f"s{seed}", work, once=True)
+    asked = ["-m", "seed=1,2", "hydra.sweep.subdir=s${seed}", f"hydra.sweep.dir={tmp_path}"]
+    code, said = main(launch.main, *asked)
+    assert (code, said.count("finished already")) == (0, 2), said
+    assert list(planned(tmp_path)) == ["s1", "s2"]
+    code, said = main(launch.main, *asked, "lora=qv")
+    assert code == 1
+    assert "s1: holds a job of other settings: lora.dropout 0.0 (here 0.1)" in said
 
 
 def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):

@@ -1,6 +1,7 @@
 """Checkpoints: whole or absent, and written when a run is told to stop."""
 
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from lora_gpt2.files import replacing
+from lora_gpt2.settings import LAST_CHECKPOINT
 from lora_gpt2.signals import Signals
 
 
@@ -29,6 +31,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` to go on from: every so many steps, and when a signal asks the run to stop.
 
+    A run that begins at another checkpoint takes a copy of that for its own first one.
     Where a step is validated it is written behind the validation: a resumed run would not validate again, and
     know of no better weights. A run that was told then ends; where that was behind the last step, it is for
     the caller to look at ``signals``.
@@ -45,6 +48,7 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        self._take_along(trainer)
         if trainer.world_size > 1:
             group = torch.distributed.new_group(backend="gloo")
 
@@ -86,8 +90,16 @@ class LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
 
+    def _take_along(self, trainer: Trainer) -> None:
+        """What it was resumed from: begun again, a run would else go back there, or to what it left."""
+        resumed, last = trainer.ckpt_path, self.folder / LAST_CHECKPOINT.name
+        if resumed is None or not trainer.is_global_zero or Path(resumed).resolve() == last.resolve():
+            return
+        with replacing(last) as temporary:
+            shutil.copyfile(resumed, temporary)
+
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        trainer.save_checkpoint(self.folder / LAST_CHECKPOINT.name)
         self._due, self._saved = False, True
         if self._stops_by:
             where = f"behind step {self._step}, go on with resume={self.folder.parent}"

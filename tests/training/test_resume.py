@@ -110,3 +110,23 @@ def test_a_run_killed_in_its_validation_validates_again(tmp_path, tiny):
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     names = [sorted(path.name for path in (folder / "checkpoints").iterdir()) for folder in (whole, broken)]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("where", ["in its folder", "elsewhere"])
+def test_a_run_that_is_killed_again_goes_on_from_where_it_had_begun(tmp_path, tiny, where):
+    """And neither from what it had come to before, nor anew."""
+    every = "trainer.val_check_interval=1", "callbacks.last.every_n_train_steps=4"
+    arguments = [*tiny, "lora=qv", "trainer.log_every_n_steps=1", *every]
+    train(whole := tmp_path / "whole", *arguments)
+    begun, here, last = tmp_path / "in its folder", tmp_path / where, Path("checkpoints") / "last.ckpt"
+    kill = "+callbacks.kill={{_target_: tests.training.test_resume.KillAfter, step: {}}}"
+    with pytest.raises(Killed):
+        train(begun, *arguments, kill.format(6))
+    (best,) = begun.glob("checkpoints/best*.ckpt")
+    held, left = best.read_bytes(), (begun / last).read_bytes()
+    with pytest.raises(Killed):
+        train(here, *arguments, kill.format(7), f"resume={best}")
+    assert (here / last).read_bytes() == held != left
+    train(here, *arguments, f"resume={here}")
+    assert logged(here, "train/loss").items() <= logged(whole, "train/loss").items()
+    assert (here / "adapter.safetensors").read_bytes() == (whole / "adapter.safetensors").read_bytes()
