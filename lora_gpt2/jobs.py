@@ -168,8 +168,20 @@ def check_unclaimed(folder: Path, settings: TrainSettings) -> None:
 
 
 def _from_own_checkpoint(settings: TrainSettings, folder: Path) -> TrainSettings:
-    """As the run in `folder` goes on, wherever it began, if it has a checkpoint."""
-    return replace(settings, resume=str(folder)) if (folder / LAST_CHECKPOINT).is_file() else settings
+    """As the run in `folder` goes on, wherever it began, if it has a checkpoint.
+
+    One that goes back to an earlier checkpoint of its own leaves the last behind, but none that came since.
+    """
+    last = folder / LAST_CHECKPOINT
+    if not last.is_file():
+        return settings
+    if _resumes(settings, folder):
+        from lora_gpt2 import runs  # so late that a wrong setting is reported before torch is loaded
+
+        asked = Path(str(settings.resume)).resolve()
+        if asked not in (folder.resolve(), last.resolve()) and runs.begun_at(last) != asked:
+            return settings
+    return replace(settings, resume=str(folder))
 
 
 def _check_checkpoint(settings: TrainSettings) -> None:

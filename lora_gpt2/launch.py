@@ -13,7 +13,7 @@ from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from lora_gpt2 import gate
 from lora_gpt2.errors import UserError
@@ -21,7 +21,7 @@ from lora_gpt2.files import first_process, locked
 from lora_gpt2.jobs import STATUS_FILE, Job, check_unclaimed, run
 from lora_gpt2.settings import TrainSettings
 from lora_gpt2.signals import end_together, wait_for
-from lora_gpt2.sweeps import Sweep, parsed
+from lora_gpt2.sweeps import Sweep, number_of, overrides_of, parsed
 
 
 def main() -> None:
@@ -50,18 +50,19 @@ class OwnFolder(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         folder = Path(config.hydra.sweep.dir)
         begun = {path.parent.name: path.parent for path in folder.glob(f"*/{STATUS_FILE}")}
-        raw: Any = OmegaConf.to_container(config.hydra.sweep, resolve=False)
-        if raw["subdir"] != "${hydra.job.num}":
-            begun = {}  # where jobs have names, each looks itself
+        if not begun:
+            return
         with gate.refused():
-            asked = Sweep.composed(config.hydra).jobs() if begun else {}
+            sweep = Sweep.composed(config.hydra)
+            asked = sweep.jobs()
             for name, place in begun.items():
-                if name not in asked:
-                    what = f"holds {len(begun)} jobs, and this sweep has {len(asked)}"
+                number = number_of(overrides_of(place), asked) if sweep.named else name
+                if number not in asked:
+                    what = f"holds {len(begun)} jobs, and this sweep of {len(asked)} has none that is {name}"
                     raise UserError(folder, what, "give another hydra.sweep.dir")
-                asks_hydra = any("${hydra:" in one.replace("\\", "") for one in asked[name])
+                asks_hydra = any("${hydra:" in one.replace("\\", "") for one in asked[number])
                 if not asks_hydra and (job := Job.read(place)) is not None:  # else the job itself looks
-                    job.check_same(gate.composed(asked[name]).decisive(), place, "hydra.sweep.dir")
+                    job.check_same(gate.composed(asked[number]).decisive(), place, "hydra.sweep.dir")
 
 
 def launch(cfg: DictConfig) -> float | None:

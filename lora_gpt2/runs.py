@@ -186,6 +186,12 @@ def checkpoint_file(settings: TrainSettings, data: DataToText | None = None) -> 
     return str(path)
 
 
+def begun_at(checkpoint: Path) -> Path | None:
+    """The one of another place or name at which the run of `checkpoint` had begun."""
+    begun = read_pickle(checkpoint, mmap=True).get("begun")
+    return Path(begun) if isinstance(begun, str) else None
+
+
 @rank_zero_only
 def keep_metrics(folder: Path, resumed: bool) -> None:
     """Moves an earlier run's metrics.csv out of the logger's way, which would delete it.

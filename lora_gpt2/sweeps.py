@@ -1,6 +1,6 @@
 """What sweeps and searches were asked for, as Hydra has it and notes it in their folders."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,15 @@ class Sweep:
     """The folder it was begun in."""
     params: dict[str, Any]
     """What its sweeper adds: the values to go through, by the setting's name."""
+    named: bool = False
+    """Whether its jobs have names (`hydra.sweep.subdir`) and not numbers."""
 
     @classmethod
     def of(cls, hydra: Any) -> "Sweep":
         """From the node ``hydra`` as Hydra composed or noted it. Raises KeyError or TypeError for another."""
         overrides, params = hydra["overrides"], hydra["sweeper"]["params"]
-        found = cls(overrides["task"], overrides["hydra"], hydra["runtime"]["cwd"], params or {})
+        named = hydra["sweep"]["subdir"] != "${hydra.job.num}"
+        found = cls(overrides["task"], overrides["hydra"], hydra["runtime"]["cwd"], params or {}, named)
         lists = found.task, found.hydra, found.params
         if [*map(type, lists)] != [list, list, dict]:
             raise TypeError
@@ -80,20 +83,29 @@ class Sweep:
 def planned(folder: Path) -> dict[str, list[str]]:
     """The overrides of each job of a sweep or a search, in their order, by the names of their folders.
 
-    Those that a sweep's file does not tell of, as values or names come from elsewhere, are listed once begun.
+    Those that a sweep's file does not tell of, as values come from elsewhere, are listed once begun.
+    Those that have names are called by them once begun, and till then by their numbers, as in #3.
     """
     if not (folder / SWEEP_FILE).is_file():
-        return {name: _overrides(folder / name) for name in jobs(folder)}
+        return {name: overrides_of(folder / name) for name in jobs(folder)}
     try:
-        told = Sweep.read(folder).jobs()
-        begun = {path.parent.name for path in folder.glob(f"*/{STATUS_FILE}")}
-        if begun and not begun & told.keys():  # hydra.sweep.subdir names them
-            told = {}
-        more = sorted(begun - told.keys(), key=lambda name: (len(name), name))
-        return told | {name: _overrides(folder / name) for name in more}
+        sweep = Sweep.read(folder)
+        names = sorted((path.parent.name for path in folder.glob(f"*/{STATUS_FILE}")), key=_in_order)
+        begun = {name: overrides_of(folder / name) for name in names}
+        told = sweep.jobs()
+        if sweep.named:
+            there = {number_of(overrides, told) for overrides in begun.values()}
+            return begun | {f"#{number}": one for number, one in told.items() if number not in there}
+        return told | {name: overrides for name, overrides in begun.items() if name not in told}
     except HydraException as error:
         fault = str(error).splitlines()[0]
         raise UserError(folder / SWEEP_FILE, f"does not tell of a sweep: {fault}", "give another") from None
+
+
+def number_of(overrides: Iterable[str], jobs: Mapping[str, Iterable[str]]) -> str | None:
+    """Which of a sweep's `jobs` has these."""
+    own = sorted(overrides)
+    return next((number for number, one in jobs.items() if sorted(one) == own), None)
 
 
 def parsed(overrides: Iterable[str]) -> list[Override]:
@@ -101,7 +113,11 @@ def parsed(overrides: Iterable[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(list(overrides))
 
 
-def _overrides(place: Path) -> list[str]:
+def _in_order(name: str) -> tuple[int, str]:
+    return len(name), name
+
+
+def overrides_of(place: Path) -> list[str]:
     """What Hydra noted of one job. Raises UserError for a file that is not so."""
     path, do = place / ".hydra" / "overrides.yaml", "remove it: the job's settings are not shown then"
     if not path.is_file():

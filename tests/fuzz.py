@@ -81,7 +81,8 @@ def targets() -> dict[str, tuple[str, Read, list[bytes]]]:
     tokenizer = train_tokenizer(["ab ab"], vocab_size=258)
     status = {"settings": {}, "state": "running", "started": ""}
     asked = {"task": ["seed=1,2", "lora.alpha=${lora.rank}"], "hydra": ["hydra.mode=MULTIRUN"]}
-    sweep = {"overrides": asked, "runtime": {"cwd": "."}, "sweeper": {"params": {"lora.rank": "2,4"}}}
+    sweep = {"overrides": asked, "runtime": {"cwd": "."}, "sweeper": {"params": {"lora.rank": "2,4"}},
+             "sweep": {"subdir": "${hydra.job.num}"}}  # fmt: skip
     return {
         "rows": ("train.jsonl", _drain(lambda path: read_rows(path, 50257)),
                  [b'{"context": [1, 2], "completion": [3], "require": [[4]], "adapter": "a"}\n']),

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 
 from lora_gpt2 import jobs
 from lora_gpt2.errors import UserError
@@ -39,7 +40,7 @@ def settings():
 def looked_at(tmp_path, monkeypatch):
     """The folder of the job has a checkpoint; which one is looked at is noted."""
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / LAST_CHECKPOINT).touch()
+    torch.save({}, tmp_path / LAST_CHECKPOINT)
     noted = []
     monkeypatch.setattr("lora_gpt2.runs.checkpoint_file", lambda settings: noted.append(settings.resume))
     return noted
@@ -225,14 +226,21 @@ def test_a_checkpoint_without_a_job_is_not_written_over(tmp_path, settings, look
 
 @pytest.mark.parametrize("variable", ["SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"])
 @pytest.mark.parametrize("begun", [None, "elsewhere", "checkpoints/best.ckpt"])
-def test_what_a_scheduler_starts_again_goes_on(tmp_path, settings, looked_at, monkeypatch, begun, variable):
-    settings = replace(settings, resume=begun and str(tmp_path / begun))
-    Job(settings.decisive(), State.failed, "today").write(tmp_path)
+@pytest.mark.parametrize("came_to_more", [False, True])
+def test_what_a_scheduler_starts_again_goes_on(
+    tmp_path, settings, looked_at, monkeypatch, begun, variable, came_to_more
+):
+    """Not from what it went back from, to an earlier checkpoint of its own."""
+    asked = replace(settings, resume=begun and str(tmp_path / begun))
+    Job(asked.decisive(), State.failed, "today").write(tmp_path)
+    if came_to_more:
+        torch.save({"begun": asked.resume}, tmp_path / LAST_CHECKPOINT)
     monkeypatch.setenv(variable, "1")
-    jobs.check_unclaimed(tmp_path, settings)
+    jobs.check_unclaimed(tmp_path, asked)
     work = Work()
-    jobs.run(settings, tmp_path, work, once=False)
-    assert work.resumed == looked_at == [str(tmp_path)]
+    jobs.run(asked, tmp_path, work, once=False)
+    went_back = begun == "checkpoints/best.ckpt" and not came_to_more
+    assert work.resumed == looked_at == [asked.resume if went_back else str(tmp_path)]
 
 
 @pytest.mark.parametrize("begun", [None, "elsewhere"])

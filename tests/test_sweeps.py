@@ -81,12 +81,18 @@ def test_a_sweep_is_trained_scored_resumed_and_compared(tmp_path, tiny, run, mai
     assert "±" in shown
 
 
-def note_sweep(folder: Path, cwd: Path, hydra: Sequence[str] = (), task: Sequence[str] = ()) -> None:
+NUMBERED = "${hydra.job.num}"
+
+
+def note_sweep(
+    folder: Path, cwd: Path, hydra: Sequence[str] = (), task: Sequence[str] = (), subdir: str = NUMBERED
+) -> None:
     """Hydra's own notes of a sweep, as far as they are read."""
     noted = {
         "overrides": {"hydra": list(hydra), "task": list(task)},
         "runtime": {"cwd": str(cwd)},
         "sweeper": {"params": None},
+        "sweep": {"subdir": subdir},
     }
     (folder / SWEEP_FILE).write_text(json.dumps({"hydra": noted}))
 
@@ -138,18 +144,24 @@ def test_jobs_whose_values_came_from_elsewhere_are_listed_once_begun(tmp_path):
     assert (found["9"], found["10"]) == (["seed=9"], ["seed=10"])
 
 
-def test_jobs_that_have_names_are_listed_by_them_and_gone_on_with(tmp_path, main):
+@pytest.mark.parametrize("letter", ["s", ""], ids=["names", "other numbers"])
+def test_jobs_that_have_names_are_listed_by_them_and_gone_on_with(tmp_path, main, letter):
+    subdir = f"{letter}${{seed}}"
+    asked = ["-m", "seed=1,2,3", f"hydra.sweep.subdir={subdir}", f"hydra.sweep.dir={tmp_path}"]
+    note_sweep(tmp_path, ROOT, task=["seed=1,2,3"], subdir=subdir)
     for seed in (1, 2):
-        (tmp_path / f"s{seed}").mkdir()
-        work = lambda *_: 1.5  # noqa: E731
-        jobs.run(settings_of("train", [f"seed={seed}"]), tmp_path / f"s{seed}", work, once=True)
-    asked = ["-m", "seed=1,2", "hydra.sweep.subdir=s${seed}", f"hydra.sweep.dir={tmp_path}"]
-    code, said = main(launch.main, *asked)
-    assert (code, said.count("finished already")) == (0, 2), said
-    assert list(planned(tmp_path)) == ["s1", "s2"]
+        place, work = tmp_path / f"{letter}{seed}", lambda *_: 1.5
+        (place / ".hydra").mkdir(parents=True)
+        (place / ".hydra" / "overrides.yaml").write_text(f"[seed={seed}]")
+        jobs.run(settings_of("train", [f"seed={seed}"]), place, work, once=True)
+    expected = {f"{letter}1": ["seed=1"], f"{letter}2": ["seed=2"], "#2": ["seed=3"]}
+    assert planned(tmp_path) == expected
     code, said = main(launch.main, *asked, "lora=qv")
     assert code == 1
-    assert "s1: holds a job of other settings: lora.dropout 0.0 (here 0.1)" in said
+    assert f"holds 2 jobs, and this sweep of 3 has none that is {letter}" in said
+    assert planned(tmp_path) == expected, "nothing was written"
+    code, said = main(launch.main, *(one.replace("1,2,3", "2,1") for one in asked))
+    assert (code, said.count("finished already")) == (0, 2), said
 
 
 def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
@@ -162,8 +174,9 @@ def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
 @pytest.mark.parametrize(
     "text",
     ["", "[", "1", "[1]", "hydra: 1", "hydra: {}", "a: &a [*a]", "!!python/object:os.system x",
-     "hydra: {overrides: {hydra: [], task: [1]}, runtime: {cwd: .}, sweeper: {params: null}}",
-     "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: a}}",
+     "hydra: {overrides: {hydra: [], task: [1]}, runtime: {cwd: .}, sweeper: {params: null}, sweep: {subdir}}",
+     "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: a}, sweep: {subdir: a}}",
+     "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: null}, sweep: []}",
      "a: !!set {b}", "a: !!timestamp 2020-01-01", 'a: "${"', "9" * 5000],
 )  # fmt: skip
 @pytest.mark.parametrize("asked", ["resume", "status"])
@@ -187,6 +200,7 @@ def test_a_sweep_s_values_may_come_from_the_environment(monkeypatch):
         "overrides": {"hydra": [], "task": ["lora=qv"]},
         "runtime": {"cwd": "."},
         "sweeper": {"params": {"seed": "${oc.env:SEEDS}"}},
+        "sweep": {"subdir": NUMBERED},
     }
     asked = Sweep.composed(OmegaConf.create(noted)).jobs()
     assert asked == {"0": ["seed=1", "lora=qv"], "1": ["seed=2", "lora=qv"]}
@@ -220,7 +234,7 @@ def test_a_refused_sweep_leaves_no_trace(tmp_path, main):
             "0: holds a job of other settings: lora.rank 4 (here 2); give another hydra.sweep.dir",
         ),
         (["score=none"], "score must be train, valid or test, or null, not none"),
-        (["seed=1"], "holds 2 jobs, and this sweep has 1"),
+        (["seed=1"], "holds 2 jobs, and this sweep of 1 has none that is 1"),
     ):
         code, said = main(launch.main, *asked, *more)
         assert code == 1

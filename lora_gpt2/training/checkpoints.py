@@ -1,7 +1,6 @@
 """Checkpoints: whole or absent, and written when a run is told to stop."""
 
 import io
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` to go on from: every so many steps, and when a signal asks the run to stop.
 
-    A run that begins at another checkpoint takes a copy of that for its own first one.
+    Each checkpoint says, as "begun", at which one of another place or name its run had begun.
     Where a step is validated it is written behind the validation: a resumed run would not validate again, and
     know of no better weights. A run that was told then ends; where that was behind the last step, it is for
     the caller to look at ``signals``.
@@ -42,13 +41,24 @@ class LastCheckpoint(Checkpoint):
         self.signals = Signals()
         self._stops_by = 0
         """The signal that any process got, as all of them know behind a step."""
+        self._begun: str | None = None
         self._step, self._due, self._saved = 0, False, False
         self._exit: SystemExit | None = None
         self._agreed: Callable[[int], int] = lambda told: told
 
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        resumed, last = Path(str(trainer.ckpt_path)).resolve(), self.folder / LAST_CHECKPOINT.name
+        self._begun = checkpoint.get("begun") if resumed == last.resolve() else str(resumed)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["begun"] = self._begun
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
-        self._take_along(trainer)
         if trainer.world_size > 1:
             group = torch.distributed.new_group(backend="gloo")
 
@@ -89,14 +99,6 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
-
-    def _take_along(self, trainer: Trainer) -> None:
-        """What it was resumed from: begun again, a run would else go back there, or to what it left."""
-        resumed, last = trainer.ckpt_path, self.folder / LAST_CHECKPOINT.name
-        if resumed is None or not trainer.is_global_zero or Path(resumed).resolve() == last.resolve():
-            return
-        with replacing(last) as temporary:
-            shutil.copyfile(resumed, temporary)
 
     def _save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.folder / LAST_CHECKPOINT.name)
