@@ -90,13 +90,13 @@ def planned(folder: Path) -> dict[str, list[str]]:
         return {name: overrides_of(folder / name) for name in jobs(folder)}
     try:
         sweep = Sweep.read(folder)
-        names = sorted((path.parent.name for path in folder.glob(f"*/{STATUS_FILE}")), key=_in_order)
-        begun = {name: overrides_of(folder / name) for name in names}
-        told = sweep.jobs()
-        if sweep.named:
-            there = {number_of(overrides, told) for overrides in begun.values()}
-            return begun | {f"#{number}": one for number, one in told.items() if number not in there}
-        return told | {name: overrides for name, overrides in begun.items() if name not in told}
+        asked, begun = sweep.jobs(), [path.parent.name for path in folder.glob(f"*/{STATUS_FILE}")]
+        begun.sort(key=lambda name: (len(name), name))
+        others = {name: overrides_of(folder / name) for name in begun if sweep.named or name not in asked}
+        if not sweep.named:
+            return asked | others
+        there = {number_of(overrides, asked) for overrides in others.values()}
+        return others | {f"#{number}": one for number, one in asked.items() if number not in there}
     except HydraException as error:
         fault = str(error).splitlines()[0]
         raise UserError(folder / SWEEP_FILE, f"does not tell of a sweep: {fault}", "give another") from None
@@ -111,10 +111,6 @@ def number_of(overrides: Iterable[str], jobs: Mapping[str, Iterable[str]]) -> st
 def parsed(overrides: Iterable[str]) -> list[Override]:
     """Raises HydraException for what is no override."""
     return OverridesParser.create().parse_overrides(list(overrides))
-
-
-def _in_order(name: str) -> tuple[int, str]:
-    return len(name), name
 
 
 def overrides_of(place: Path) -> list[str]:

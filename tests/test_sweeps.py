@@ -174,7 +174,7 @@ def test_a_sweep_goes_on_where_it_was_begun(tmp_path, main):
 @pytest.mark.parametrize(
     "text",
     ["", "[", "1", "[1]", "hydra: 1", "hydra: {}", "a: &a [*a]", "!!python/object:os.system x",
-     "hydra: {overrides: {hydra: [], task: [1]}, runtime: {cwd: .}, sweeper: {params: null}, sweep: {subdir}}",
+     "hydra: {overrides: {hydra: [], task: [1]}, runtime: {cwd: .}, sweeper: {params: }, sweep: {subdir: a}}",
      "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: a}, sweep: {subdir: a}}",
      "hydra: {overrides: {hydra: [], task: []}, runtime: {cwd: .}, sweeper: {params: null}, sweep: []}",
      "a: !!set {b}", "a: !!timestamp 2020-01-01", 'a: "${"', "9" * 5000],

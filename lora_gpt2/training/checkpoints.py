@@ -11,7 +11,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from lora_gpt2.files import replacing
-from lora_gpt2.settings import LAST_CHECKPOINT
 from lora_gpt2.signals import Signals
 
 
@@ -38,6 +37,7 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: str | Path = "checkpoints", every_n_train_steps: int = 500) -> None:
         self.folder, self.every = Path(dirpath), every_n_train_steps
+        self._last = self.folder / "last.ckpt"
         self.signals = Signals()
         self._stops_by = 0
         """The signal that any process got, as all of them know behind a step."""
@@ -49,8 +49,8 @@ class LastCheckpoint(Checkpoint):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        resumed, last = Path(str(trainer.ckpt_path)).resolve(), self.folder / LAST_CHECKPOINT.name
-        self._begun = checkpoint.get("begun") if resumed == last.resolve() else str(resumed)
+        resumed = Path(str(trainer.ckpt_path)).resolve()
+        self._begun = checkpoint.get("begun") if resumed == self._last.resolve() else str(resumed)
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -101,7 +101,7 @@ class LastCheckpoint(Checkpoint):
         self._leave()
 
     def _save(self, trainer: Trainer) -> None:
-        trainer.save_checkpoint(self.folder / LAST_CHECKPOINT.name)
+        trainer.save_checkpoint(self._last)
         self._due, self._saved = False, True
         if self._stops_by:
             where = f"behind step {self._step}, go on with resume={self.folder.parent}"
