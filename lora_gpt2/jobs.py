@@ -178,8 +178,7 @@ def _from_own_checkpoint(settings: TrainSettings, folder: Path) -> TrainSettings
     if _resumes(settings, folder):
         from lora_gpt2 import runs  # so late that a wrong setting is reported before torch is loaded
 
-        asked = Path(str(settings.resume)).resolve()
-        if asked not in (folder.resolve(), last.resolve()) and runs.begun_at(last) != asked:
+        if runs.begun_at(last) != Path(str(settings.resume)).resolve():
             return settings
     return replace(settings, resume=str(folder))
 

@@ -135,12 +135,12 @@ def test_what_a_sweep_is_asked_for_elsewhere_is_taken_from_its_folder(tmp_path, 
 
 def test_jobs_whose_values_came_from_elsewhere_are_listed_once_begun(tmp_path):
     note_sweep(tmp_path, ROOT, task=["seed=${oc.env:SEEDS}"])
-    for name in ("0", "10", "9"):
+    for name in ("0", "10", "9", "of another kind"):
         (tmp_path / name / ".hydra").mkdir(parents=True)
         (tmp_path / name / ".hydra" / "overrides.yaml").write_text(f"[seed={name}]")
         Job({}, State.finished, "today").write(tmp_path / name)
     found = planned(tmp_path)
-    assert list(found) == ["0", "9", "10"]
+    assert list(found) == ["0", "9", "10", "of another kind"]
     assert (found["9"], found["10"]) == (["seed=9"], ["seed=10"])
 
 
